@@ -1,0 +1,90 @@
+## make demo    compile the small model that ships with the project, offline
+## make test    run the tests, on real engines where they install
+## make lint    ruff, ruff format, pyright
+## make bench   run the benchmarks
+## make clean   remove all that make made: .venv, build, .engines, caches
+##
+## Needs Python 3.10 or newer with pip and venv, and make (GNU make 3.81, as on macOS, will do).
+## Another Python: make clean test PYTHON=python3.12
+## Fewer tests:    make test PYTEST_ARGS="tests/passes -k fold"
+## On Windows use pip by hand: see CONTRIBUTING.md.
+
+PYTHON      ?= python3
+# One worker per core: with `auto`, xdist counts a virtual machine's two threads as one.
+PYTEST_ARGS ?= -n logical --maxprocesses 8
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL   := $(PIP) install -c constraints.txt --config-settings editable_mode=strict
+PACKAGES  := compiler passes targets
+LLAMA_CPP := 0.3.36
+SDIST     := llama_cpp_python-$(LLAMA_CPP)
+
+# A strict editable install links file by file, so a new, moved or removed file needs a reinstall.
+# The stamp's name is a checksum of the list of files; it lies in build/, beside the links it vouches for.
+LAYOUT    := $(shell find $(PACKAGES) -type f ! -name '*.py[co]' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+RUNTIME   := build/.links-$(LAYOUT)
+TEST      := $(VENV)/.test
+LINT      := $(VENV)/.lint
+ENGINES   := $(VENV)/.engines
+CONVERTER := .engines/.$(SDIST)
+
+.PHONY: help demo test lint bench clean
+.NOTPARALLEL: # one pip at a time in one environment
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+demo: $(RUNTIME)
+	HF_HUB_OFFLINE=1 $(BIN)/austeer-compile demo
+
+# One thread a worker: on tiny models, threads of torch and llama.cpp that wait for each other cost more than they bring.
+test: $(TEST) $(ENGINES) $(CONVERTER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(LINT)
+	@mkdir -p build/typed/austeer
+	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/typed/austeer/$$package"; done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(RUNTIME)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist .engines *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUNTIME): $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing the runtime dependencies and linking the packages"
+	@rm -f build/.links-*
+	@$(INSTALL) -e .
+	@touch $@
+
+# The extras wait for the links, but a new file does not make them stale (`|`).
+$(TEST) $(LINT): $(VENV)/.%: pyproject.toml constraints.txt $(VENV)/.made | $(RUNTIME)
+	@echo "installing what '$*' needs"
+	@$(INSTALL) -e '.[$*]'
+	@touch $@
+
+# A missing engine fails nothing: its tests skip, and the next `make test` tries to install it again.
+$(ENGINES): pyproject.toml constraints.txt $(VENV)/.made | $(RUNTIME)
+	@echo "installing the engines"
+	@if $(INSTALL) --only-binary xllamacpp -e '.[engines]'; then touch $@; \
+	else echo "NOTICE: the engines did not install: the tests that run them will skip"; fi
+
+# llama.cpp's converter is published nowhere but in this 77 MB source archive; 2 MB of it are kept.
+$(CONVERTER): | $(VENV)/.made
+	@echo "fetching llama.cpp's converter"
+	@rm -rf .engines && mkdir -p .engines/sdist .engines/llama.cpp && \
+	$(PIP) download --no-deps --no-binary llama-cpp-python -d .engines/sdist llama-cpp-python==$(LLAMA_CPP) && \
+	tar xzf .engines/sdist/$(SDIST).tar.gz -C .engines/llama.cpp --strip-components=3 \
+		$(addprefix $(SDIST)/vendor/llama.cpp/,LICENSE convert_hf_to_gguf.py conversion gguf-py) && \
+	rm -r .engines/sdist && touch $@ || { rm -rf .engines; \
+	echo "NOTICE: llama.cpp's converter could not be fetched: the tests that run it will skip"; }

@@ -1,0 +1,213 @@
+"""The architectures the compiler knows, as data: names, orientations, fused parts, biases, spaces.
+
+To add one: write its entry, add it to ARCHITECTURES, and the property tests cover it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+Axis = Literal["residual", "heads", "kv", "neurons"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A property that config.json decides: it holds when the value under `key` is `value`."""
+
+    key: str
+    default: bool = False  # what an absent key means
+    value: bool = True
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        return bool(config.get(self.key, self.default)) is self.value
+
+
+@dataclass(frozen=True)
+class Always:
+    """A property that no configuration changes."""
+
+    value: bool
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        return self.value
+
+
+Property: TypeAlias = Flag | Always
+NO, YES = Always(False), Always(True)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map of a block. `outputs` has several axes where one tensor fuses several maps."""
+
+    name: str
+    inputs: Axis
+    outputs: tuple[Axis, ...]
+    bias: Property = NO
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The FFN of a mixture-of-experts layer: where the down projections of the experts lie.
+
+    On disk one matrix per expert (`down`, with {expert}) or one 3-D tensor [experts, residual, width]
+    (`fused`, as transformers 5 holds it in memory). `module` is the FFN block of the live model. The others
+    are keys of config.json, of which the first of `counts` that is there counts; a layer is dense if `dense_layers` lists it or `step` leaves it out.
+    """
+
+    down: str
+    fused: str
+    module: str
+    width: str
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")  # transformers 5 writes the second for both
+    dense_layers: str = "mlp_only_layers"
+    step: str = "decoder_sparse_step"
+
+    def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
+        """Whether this layer is a mixture of experts."""
+        return layer not in (config.get(self.dense_layers) or ()) and (layer + 1) % config.get(self.step, 1) == 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The keys of config.json that hold a model's sizes, and what an absent one means."""
+
+    layers: str = "num_hidden_layers"
+    residual: str = "hidden_size"
+    neurons: str = "intermediate_size"
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"  # absent: as many as heads
+    head_dim: str = "head_dim"  # absent: head_dim_default, else residual / heads
+    head_dim_default: int | None = None
+    neurons_per_residual: int | None = None  # neurons absent: this times residual
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family.
+
+    A tensor is called `prefix + block.format(layer=...) + linear.name + ".weight"`; checkpoints saved from
+    the bare model lack the prefix. Modules of a live transformers model have the same names.
+    """
+
+    model_type: str
+    class_name: str
+    prefix: str
+    block: str
+    attn_out: Linear
+    ffn_out: Linear
+    inputs: tuple[Linear, ...]
+    transposed: bool = False  # weights stored [in, out] (Conv1D) instead of [out, in]
+    post_norm: Property = NO  # a norm between the output projections and the residual stream
+    experts: Experts | None = None
+    sizes: Sizes = Sizes()
+
+
+def attention(bias: Property, out_bias: Property) -> tuple[Linear, ...]:
+    """Separate q, k, v and o projections under the names that most families share."""
+    return (
+        Linear("self_attn.o_proj", "heads", ("residual",), out_bias),
+        Linear("self_attn.q_proj", "residual", ("heads",), bias),
+        Linear("self_attn.k_proj", "residual", ("kv",), bias),
+        Linear("self_attn.v_proj", "residual", ("kv",), bias),
+    )
+
+
+def gated_ffn(bias: Property) -> tuple[Linear, ...]:
+    """down, gate and up projections under the names that most families share."""
+    return (
+        Linear("mlp.down_proj", "neurons", ("residual",), bias),
+        Linear("mlp.gate_proj", "residual", ("neurons",), bias),
+        Linear("mlp.up_proj", "residual", ("neurons",), bias),
+    )
+
+
+def family(model_type: str, class_name: str, qkv: Property, out: Property, ffn: Property = NO) -> Architecture:
+    """A family with the tensor names of llama."""
+    attn_out, *qkv_proj = attention(qkv, out)
+    ffn_out, *gate_up = gated_ffn(ffn)
+    return Architecture(
+        model_type, class_name, "model.", "layers.{layer}.", attn_out, ffn_out, (*qkv_proj, *gate_up)
+    )
+
+
+ATTENTION_BIAS = Flag("attention_bias")
+HEAD_128, HEAD_256 = Sizes(head_dim_default=128), Sizes(head_dim_default=256)
+
+LLAMA = family("llama", "LlamaForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS, Flag("mlp_bias"))
+MISTRAL = family("mistral", "MistralForCausalLM", NO, NO)
+QWEN2 = family("qwen2", "Qwen2ForCausalLM", YES, NO)
+QWEN3 = replace(family("qwen3", "Qwen3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_128)
+QWEN3_MOE = replace(
+    family("qwen3_moe", "Qwen3MoeForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS),
+    experts=Experts(
+        "mlp.experts.{expert}.down_proj", "mlp.experts.down_proj", "mlp", "moe_intermediate_size"
+    ),
+)
+MIXTRAL = replace(
+    family("mixtral", "MixtralForCausalLM", NO, NO),
+    experts=Experts(
+        "block_sparse_moe.experts.{expert}.w2", "mlp.experts.down_proj", "mlp", "intermediate_size"
+    ),
+)
+GEMMA2 = replace(
+    family("gemma2", "Gemma2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES
+)
+GEMMA3 = replace(
+    family("gemma3_text", "Gemma3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES
+)
+OLMO2 = replace(family("olmo2", "Olmo2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), post_norm=YES)
+PHI3 = replace(
+    family("phi3", "Phi3ForCausalLM", NO, NO),
+    inputs=(
+        Linear("self_attn.qkv_proj", "residual", ("heads", "kv", "kv")),
+        Linear("mlp.gate_up_proj", "residual", ("neurons", "neurons")),
+    ),
+)
+GPT2 = Architecture(
+    "gpt2",
+    "GPT2LMHeadModel",
+    prefix="transformer.",
+    block="h.{layer}.",
+    attn_out=Linear("attn.c_proj", "heads", ("residual",), YES),
+    ffn_out=Linear("mlp.c_proj", "neurons", ("residual",), YES),
+    inputs=(
+        Linear("attn.c_attn", "residual", ("heads", "kv", "kv"), YES),
+        Linear("mlp.c_fc", "residual", ("neurons",), YES),
+    ),
+    transposed=True,
+    sizes=Sizes("n_layer", "n_embd", "n_inner", "n_head", neurons_per_residual=4),
+)
+NEOX_BIAS = Flag("attention_bias", default=True)
+GPT_NEOX = Architecture(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    block="layers.{layer}.",
+    attn_out=Linear("attention.dense", "heads", ("residual",), NEOX_BIAS),
+    ffn_out=Linear("mlp.dense_4h_to_h", "neurons", ("residual",), YES),
+    inputs=(
+        Linear("attention.query_key_value", "residual", ("heads", "kv", "kv"), NEOX_BIAS),
+        Linear("mlp.dense_h_to_4h", "residual", ("neurons",), YES),
+    ),
+)
+OPT_BIAS = Flag("enable_bias", default=True)
+OPT_ATTENTION = attention(OPT_BIAS, OPT_BIAS)
+OPT = Architecture(
+    "opt",
+    "OPTForCausalLM",
+    prefix="model.",
+    block="decoder.layers.{layer}.",
+    attn_out=replace(OPT_ATTENTION[0], name="self_attn.out_proj"),
+    ffn_out=Linear("fc2", "neurons", ("residual",), OPT_BIAS),
+    inputs=(*OPT_ATTENTION[1:], Linear("fc1", "residual", ("neurons",), OPT_BIAS)),
+    post_norm=Flag("do_layer_norm_before", default=True, value=False),
+    sizes=Sizes(neurons="ffn_dim"),
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    entry.model_type: entry
+    for entry in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, OPT
+    )
+}  # fmt: skip

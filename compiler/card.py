@@ -1,0 +1,105 @@
+"""The model card of a compiled checkpoint: what it was made from, under which licence, and what was edited."""
+
+from pathlib import Path
+from typing import Any
+
+from austeer.compiler.certificate import Certificate
+from austeer.compiler.edits import Edit, Scale
+from austeer.compiler.manifest import MANIFEST, PROGRAM
+from austeer.compiler.program import Program
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+LISTED_EDITS = 50
+
+BODY = """\
+# {title}
+
+This is `{base}` **with edited weights**. Activation steering was compiled into it by `austeer-compile`: it behaves as
+the base model would with the activation edits below applied at every token, with no hooks and no custom code.
+{licence}
+## What was edited
+
+Program `{sha256}`, {count} edits. The program is in `{program}`, the full record of tensors and slices in `{manifest}`.
+
+| layer | site | edit | what |
+|---|---|---|---|
+{rows}
+
+All other weights are byte for byte those of the base. Anyone who has the base can check this, and recompute the
+measurement below, with `austeer-compile verify`.
+
+## How exact it is
+
+{certificate}
+
+## Responsible use
+
+Steering changes behaviour in ways that a benchmark may not show, and it can weaken safety training. The base model's
+licence and use policy apply to this model too. Do not remove this card or `{manifest}` when you share it.
+"""
+
+
+def render_card(program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None, name: str) -> bytes:
+    """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields."""
+    import yaml
+
+    inherited = {key: base_card[key] for key in INHERITED if base_card.get(key)}
+    front = {
+        "base_model": base,
+        **inherited,
+        "library_name": "transformers",
+        "tags": ["austeer-compile", "activation-steering", "edited-weights"],
+    }
+    licence = inherited.get("license_name") or inherited.get("license")
+    stated = f"\nLicence, from the base's card: {licence}.\n" if licence else "\nThe base's card states no licence; ask its authors.\n"
+    rows = [_row(edit) for edit in program.edits[:LISTED_EDITS]]
+    if len(program.edits) > LISTED_EDITS:
+        rows.append(f"| … | | | {len(program.edits) - LISTED_EDITS} more in `{MANIFEST}` |")
+    body = BODY.format(
+        title=name, base=base, licence=stated, sha256=program.sha256, count=len(program.edits), program=PROGRAM,
+        manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
+    )  # fmt: skip
+    return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The metadata of a base's own card; empty if it has none that can be read."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        front = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+        values = yaml.safe_load(front)
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+
+
+def describe(edit: Edit) -> str:
+    """One line on what an edit holds."""
+    if isinstance(edit, Scale):
+        units = ", ".join(f"{unit}: x{1 + gamma:.3g}" for unit, gamma in zip(edit.units[:8], edit.gamma[:8], strict=True))
+        more = f", … {len(edit.units) - 8} more" if len(edit.units) > 8 else ""
+        return f"{len(edit.units)} units ({units}{more})"
+    sizes = (f"|{name}| = {float((getattr(edit, name) ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
+    strength = [f"strength {edit.scalars()['strength']:.4g}"] if "strength" in edit.scalars() else []
+    return ", ".join([*strength, *sizes])
+
+
+def _row(edit: Edit) -> str:
+    return f"| {edit.layer} | {edit.site} | {edit.kind} | {describe(edit).replace('|', chr(92) + '|')} |"
+
+
+def _measured(certificate: Certificate | None) -> str:
+    if certificate is None:
+        return "Not measured at build time. `austeer-compile verify` measures it."
+    verdict = "holds" if certificate.passed else "does NOT hold"
+    return (
+        f"Measured in {certificate.dtype} on {certificate.tokens} tokens of {certificate.texts} texts, against "
+        f"{certificate.reference}:\n\n"
+        "| | compiled | unedited base |\n|---|---|---|\n"
+        f"| max abs logit difference | {certificate.max_abs_logit_diff:.3g} | {certificate.base_max_abs_logit_diff:.3g} |\n"
+        f"| mean KL, nats per token | {certificate.mean_kl:.3g} | {certificate.base_mean_kl:.3g} |\n"
+        f"| top-1 agreement | {certificate.top1_agreement:.4%} | {certificate.base_top1_agreement:.4%} |\n\n"
+        f"The certificate {verdict}."
+    )

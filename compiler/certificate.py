@@ -1,0 +1,216 @@
+"""The certificate: how far a compiled checkpoint is from the reference semantics, measured on texts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from austeer.compiler.interpreter import interpret
+from austeer.compiler.live import load_model
+from austeer.compiler.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from austeer.compiler.program import Program
+
+REFERENCE = "the base model with hooks (the interpreter)"
+LOGIT_BYTES = 2**29  # reference logits kept between the two models
+GREEDY_TEXTS, GREEDY_PROMPT, GREEDY_TOKENS = 8, 16, 32
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Compiled against reference over all tokens of the texts; `base_` is the unedited base against the reference.
+
+    KL is D(reference ‖ other) in nats per token; top-1 agreement a fraction; `zeros` the fraction of the
+    weights (all tensors of two dimensions or more) that are exactly zero. `dtype` is that of the measurement,
+    `stored` that of the checkpoint.
+    """
+
+    reference: str
+    dtype: str
+    stored: str
+    texts: int
+    tokens: int
+    max_abs_logit_diff: float
+    mean_abs_logit_diff: float
+    max_abs_logit: float
+    mean_kl: float
+    top1_agreement: float
+    greedy_equal: bool
+    base_max_abs_logit_diff: float
+    base_mean_kl: float
+    base_top1_agreement: float
+    zeros_before: float
+    zeros_after: float
+    edits: int
+
+    def failures(self) -> list[str]:
+        """What keeps the certificate from holding; empty if it holds."""
+        return [text for holds, text in self._rule() if not holds]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the checkpoint does what the program says, by the rule for its stored dtype."""
+        return not self.failures()
+
+    def _rule(self) -> list[tuple[bool, str]]:
+        changed = (
+            self.base_mean_kl > 0 or not self.edits,
+            "the program makes no difference to the base on these texts, so equality proves nothing",
+        )
+        if self.stored == "float32":
+            limit = max(1e-4, 1e-5 * self.max_abs_logit)
+            found = f"max |Δlogit| is {self.max_abs_logit_diff:.3g}, more than {limit:.3g}"
+            top1 = f"top-1 agreement is {self.top1_agreement:.4%}, not 100%"
+            return [changed, (self.max_abs_logit_diff <= limit, found), (self.top1_agreement == 1, top1)]
+        limit = 1e-3 * self.base_mean_kl + 1e-4
+        return [changed, (self.mean_kl <= limit, f"mean KL is {self.mean_kl:.3g} nats, more than {limit:.3g}")]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values, with the verdict."""
+        return {**asdict(self), "passed": self.passed}
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> "Certificate":
+        """The inverse of `plain`; KeyError if a field is missing."""
+        return Certificate(**{field.name: values[field.name] for field in fields(Certificate)})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base and the interpreter say about the texts; kept while the compiled model takes their place."""
+
+    texts: tuple[tuple[int, ...], ...]
+    logits: tuple["Tensor", ...]  # per text [tokens, vocabulary], float32 on the CPU
+    greedy: tuple[tuple[int, ...], ...]
+    base: "Comparison"
+    zeros: float
+    edits: int
+
+
+@dataclass
+class Comparison:
+    """Running sums over tokens of one model's logits against the reference's."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    agreeing: int = 0
+    max_diff: float = 0.0
+    sum_diff: float = 0.0
+    max_logit: float = 0.0
+
+    def add(self, reference: "Tensor", other: "Tensor") -> None:
+        """Takes in one text; both [tokens, vocabulary]."""
+        difference = (reference - other).abs()
+        log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+        self.tokens += len(reference)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.agreeing += int((reference.argmax(-1) == other.argmax(-1)).sum())
+        self.max_diff = max(self.max_diff, float(difference.max()))
+        self.sum_diff += float(difference.mean(-1).double().sum())
+        self.max_logit = max(self.max_logit, float(reference.abs().max()))
+
+
+def certify(
+    base: Path, compiled: Path, program: "Program", texts: Sequence[tuple[int, ...]], *, dtype: str, device: str
+) -> Certificate:
+    """Measures `compiled` against `base` + `program` on token sequences; one model in memory at a time.
+
+    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured.
+    """
+    model = load_model(base, dtype=dtype, device=device)
+    reference = observe(model, program, texts)
+    del model
+    return compare(load_model(compiled, dtype=dtype, device=device), reference, stored=stored_dtype(compiled))
+
+
+def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[tuple[int, ...]]) -> Reference:
+    """Runs the base and the interpreter over the texts."""
+    texts = _within_budget(texts, model.config.vocab_size)
+    comparison, kept, made = Comparison(), list["Tensor"](), list[tuple[int, ...]]()
+    for number, text in enumerate(track(texts, "reference")):
+        plain = _logits(model, text)
+        with interpret(model, program):
+            kept.append(_logits(model, text))
+            if number < GREEDY_TEXTS:
+                made.append(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS))
+        comparison.add(kept[-1], plain)
+    return Reference(tuple(texts), tuple(kept), tuple(made), comparison, _zeros(model), len(program.edits))
+
+
+def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> Certificate:
+    """Runs the compiled model over the same texts."""
+    found = Comparison()
+    for text, expected in zip(track(reference.texts, "compiled"), reference.logits, strict=True):
+        found.add(expected, _logits(model, text))
+    made = tuple(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS) for text in reference.texts[:GREEDY_TEXTS])
+    base, tokens = reference.base, found.tokens
+    return Certificate(
+        reference=REFERENCE,
+        dtype=str(model.dtype).removeprefix("torch."),
+        stored=stored,
+        texts=len(reference.texts),
+        tokens=tokens,
+        max_abs_logit_diff=found.max_diff,
+        mean_abs_logit_diff=found.sum_diff / tokens,
+        max_abs_logit=found.max_logit,
+        mean_kl=found.kl / tokens,
+        top1_agreement=found.agreeing / tokens,
+        greedy_equal=made == reference.greedy,
+        base_max_abs_logit_diff=base.max_diff,
+        base_mean_kl=base.kl / tokens,
+        base_top1_agreement=base.agreeing / tokens,
+        zeros_before=reference.zeros,
+        zeros_after=_zeros(model),
+        edits=reference.edits,
+    )
+
+
+def stored_dtype(folder: Path) -> str:
+    """The narrowest dtype that the weights of a checkpoint are stored in: float32, float16 or bfloat16."""
+    from austeer.compiler.checkpoint import Checkpoint
+
+    found = {tensor.dtype for tensor in Checkpoint.open(folder).tensors.values()}
+    return next((name for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")) if dtype in found), "float32")
+
+
+def _within_budget(texts: Sequence[tuple[int, ...]], vocabulary: int) -> list[tuple[int, ...]]:
+    tokens = max(1, LOGIT_BYTES // (4 * vocabulary))
+    kept: list[tuple[int, ...]] = []
+    for text in texts:
+        if kept and len(text) > tokens:
+            break
+        kept.append(text[:tokens])
+        tokens -= len(kept[-1])
+    return kept
+
+
+def _logits(model: "PreTrainedModel", text: tuple[int, ...]) -> "Tensor":
+    """[tokens, vocabulary], float32 on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([text], device=model.get_input_embeddings().weight.device)
+        return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def greedy(model: "PreTrainedModel", prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The `count` most likely tokens after a prompt, one after the other, with a KV cache."""
+    import torch
+
+    ids, cache, made = prompt, None, list[int]()
+    with torch.inference_mode():
+        while len(made) < count:
+            tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, (int(output.logits[0, -1].argmax()),)
+            made.extend(ids)
+    return tuple(made)
+
+
+def _zeros(model: "PreTrainedModel") -> float:
+    weights = [weight for weight in model.parameters() if weight.dim() >= 2]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -1,0 +1,184 @@
+"""The command line: parses, calls a verb, prints its report. Everything heavy is imported inside the commands."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from austeer.compiler.errors import AusteerError
+
+if TYPE_CHECKING:
+    from austeer.compiler.verbs.common import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODEL_HELP = "MODEL is a folder in Hugging Face layout or a Hub id."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="austeer-compile")
+def main() -> None:
+    """Compiles activation steering into the weights of a language model.
+
+    The result is a standalone checkpoint that any stock inference engine serves, with no hooks.
+    """
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several click options as one decorator, in the order given."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(decorators), command)
+
+
+OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Where the result goes; must not exist.")
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
+TARGET = click.option(
+    "--target", type=click.Choice(["transformers"]), default="transformers", help="The engine to compile for."
+)
+FORM = click.option("--form", type=click.Choice(["checkpoint"]), default="checkpoint", help="The form of the output.")
+RUN = options(
+    click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
+        help="What models run in; auto: as stored, and float32 for the certificate.",
+    ),
+    click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass.", show_default=True),
+    click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: what the model takes, at most 2048."),
+    click.option("--seed", type=int, default=0, show_default=True),
+)  # fmt: skip
+
+
+def settings(arguments: dict[str, Any]) -> "Settings":
+    """Takes the run options out of a command's arguments."""
+    from austeer.compiler.tokens import Chat
+    from austeer.compiler.verbs.common import Settings
+
+    taken = {name: arguments.pop(name) for name in ("device", "dtype", "batch_tokens", "max_length", "seed")}
+    chat, system, raw = (arguments.pop(name, None) for name in ("chat", "system", "raw"))
+    if (system and not chat) or (raw and chat):
+        raise click.UsageError("--system needs --chat" if system else "--chat and --raw exclude each other")
+    return Settings(**taken, chat=Chat(system) if chat else None, raw=bool(raw))
+
+
+def reporting(command: Callable[..., Any]) -> Callable[..., None]:
+    """Runs a verb, prints its report or its error, and exits with its code."""
+
+    @functools.wraps(command)
+    def run(*, as_json: bool, **arguments: Any) -> None:
+        try:
+            report = command(**arguments)
+        except (AusteerError, OSError) as error:
+            message = str(error) or type(error).__name__
+            if as_json:
+                click.echo(json.dumps({"error": message}))
+            click.echo(f"Error: {message}", err=True)
+            sys.exit(getattr(error, "exit_code", 1))
+        if as_json:
+            click.echo(json.dumps(report.plain(), allow_nan=False))
+        else:
+            from austeer.compiler.show import show
+
+            show(report)
+        sys.exit(0 if getattr(report, "passed", True) else 1)
+
+    return run
+
+
+@main.command(epilog=MODEL_HELP)
+@click.argument("model")
+@click.option("--pairs", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, positive, negative.")
+@OUT
+@click.option("--site", default="ffn", show_default=True, help="heads (attention), attn, neurons, ffn or residual (layer).")
+@click.option("--top-k", type=int, help="Units to scale; default: searched.")
+@click.option("--alpha", type=float, help="Strength; default: searched.")
+@click.option("--max-drift", type=float, default=0.1, show_default=True, help="Mean KL to the base on neutral text, nats per token.")
+@click.option("--neutral", type=click.Path(path_type=Path), help="Neutral texts; default: sampled from the model.")
+@click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
+@click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@TARGET
+@FORM
+@REVISION
+@RUN
+@JSON
+@reporting
+def steer(**arguments: Any) -> Any:
+    """Find the units that tell good from bad answers, scale them, and write the steered checkpoint."""
+    from austeer.compiler.verbs.steer import steer as verb
+
+    chosen = settings(arguments)
+    return verb(settings=chosen, **without_target(arguments))
+
+
+@main.command(epilog=MODEL_HELP)
+@click.argument("model")
+@click.argument("programs", metavar="PROGRAM...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the checkpoint goes; must not exist.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Texts or pairs to certify the result on.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@TARGET
+@FORM
+@REVISION
+@RUN
+@JSON
+@reporting
+def build(**arguments: Any) -> Any:
+    """Compile programs into a model and write the checkpoint."""
+    from austeer.compiler.verbs.build import build as verb
+
+    if arguments["out"] is None and not arguments["dry_run"]:
+        raise click.UsageError("-o OUT is missing (or use --dry-run)")
+    chosen = settings(arguments)
+    return verb(settings=chosen, **without_target(arguments))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--text", "as_text", is_flag=True, help="Print the program's text form, which build accepts.")
+@JSON
+@reporting
+def inspect(path: Path, as_text: bool) -> Any:
+    """Explain a program or a compiled checkpoint."""
+    from austeer.compiler.verbs.inspect import inspect as verb
+
+    return verb(path, text=as_text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="The base model; default: the one the checkpoint names.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Texts or pairs to measure on; default: sampled from the base.")
+@RUN
+@JSON
+@reporting
+def verify(**arguments: Any) -> Any:
+    """Check a compiled checkpoint: its bytes against its base, its numbers against the interpreter."""
+    from austeer.compiler.verbs.verify import verify as verb
+
+    chosen = settings(arguments)
+    return verb(settings=chosen, **arguments)
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the compiled checkpoint here.")
+@JSON
+@reporting
+def demo(**arguments: Any) -> Any:
+    """Do the whole job, offline, on the small model that ships with the project."""
+    from austeer.compiler.verbs.demo import demo as verb
+
+    return verb(**arguments)
+
+
+def without_target(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without the options that have one value so far."""
+    return {name: value for name, value in arguments.items() if name not in ("target", "form")}
+
+
+if __name__ == "__main__":
+    main()

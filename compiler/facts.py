@@ -1,0 +1,109 @@
+"""The facts of a model that decide what an edit means and where it can go, read from config.json alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from austeer.compiler.architectures import ARCHITECTURES, Architecture, Axis, Linear
+from austeer.compiler.checkpoint import CONFIG, read_json
+from austeer.compiler.errors import CheckpointError, ProgramError, Refused
+from austeer.compiler.sites import Space
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a program must know of its model: a name for messages, the architecture, and the sizes."""
+
+    name: str
+    architecture: str
+    layers: int
+    residual: int
+    heads: int
+    neurons: int
+
+    def width(self, space: Space) -> int:
+        """The number of units of a space."""
+        return int(getattr(self, space))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def same_shape(self, other: "Geometry") -> bool:
+        """Whether a program for one model fits the other; the names may differ."""
+        return {**self.plain(), "name": ""} == {**other.plain(), "name": ""}
+
+    @staticmethod
+    def from_plain(fields: Any) -> "Geometry":
+        """The inverse of `plain`; ProgramError for anything else."""
+        sizes = ("layers", "residual", "heads", "neurons")
+        if not isinstance(fields, dict) or set(fields) != {"name", "architecture", *sizes}:  # pyright: ignore[reportUnknownArgumentType]
+            raise ProgramError(f"a program's model needs name, architecture, {', '.join(sizes)}; got {fields!r}")
+        if not all(type(fields[size]) is int and fields[size] > 0 for size in sizes):
+            raise ProgramError(f"a program's model has sizes that are not positive whole numbers: {fields!r}")
+        return Geometry(str(fields["name"]), str(fields["architecture"]), *(fields[size] for size in sizes))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Geometry, table entry and configuration of one model."""
+
+    geometry: Geometry
+    architecture: Architecture
+    config: Mapping[str, Any]
+    kv: int
+    expert_count: int = 0
+    expert_neurons: int = 0
+
+    def axis(self, axis: Axis) -> int:
+        """The length of a weight's axis."""
+        return self.kv if axis == "kv" else self.geometry.width(axis)
+
+    def has_bias(self, linear: Linear) -> bool:
+        """Whether this model, as configured, adds a bias here; a stray tensor in the file does not count."""
+        return linear.bias.holds(self.config)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the FFN of this layer is a mixture of experts."""
+        experts = self.architecture.experts
+        return experts is not None and experts.in_layer(layer, self.config)
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether a norm stands between the output projections and the residual stream."""
+        return self.architecture.post_norm.holds(self.config)
+
+
+def facts_of(name: str, config: Mapping[str, Any]) -> ModelFacts:
+    """The facts of the model called `name`; Refused for an unknown architecture, CheckpointError for bad sizes."""
+    entry = ARCHITECTURES.get(str(config.get("model_type")))
+    if entry is None:
+        raise Refused(
+            f"{name}: architecture {config.get('model_type')!r} is not in the table; known are "
+            f"{', '.join(ARCHITECTURES)}. To add it, write its entry in compiler/architectures.py"
+        )
+    keys = entry.sizes
+    residual, heads, layers = (_size(name, config, key) for key in (keys.residual, keys.heads, keys.layers))
+    head_dim = config.get(keys.head_dim) or keys.head_dim_default or residual // heads
+    kv_heads = config.get(keys.kv_heads) or heads
+    neurons = config.get(keys.neurons) or (keys.neurons_per_residual or 0) * residual
+    neurons = neurons or _size(name, config, keys.neurons)
+    geometry = Geometry(name, entry.model_type, layers, residual, heads * head_dim, neurons)
+    if entry.experts is None:
+        return ModelFacts(geometry, entry, config, kv_heads * head_dim)
+    count = next((key for key in entry.experts.counts if key in config), entry.experts.counts[0])
+    experts = (_size(name, config, key) for key in (count, entry.experts.width))
+    return ModelFacts(geometry, entry, config, kv_heads * head_dim, *experts)
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """The facts of the model in `folder`, named after it."""
+    return facts_of(folder.resolve().name, read_json(folder / CONFIG))
+
+
+def _size(name: str, config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{name}: config.json must hold a positive whole number under {key!r}; got {value!r}")
+    return value

@@ -1,0 +1,107 @@
+"""The reference semantics: a program run on a live model with hooks.
+
+Every pass, certificate and benchmark is measured against this file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from austeer.compiler.edits import Edit, Rank1, Scale, Shift
+from austeer.compiler.live import live_facts, port
+from austeer.compiler.sites import SITES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from austeer.compiler.program import Program
+
+Change: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+@contextmanager
+def interpret(model: "PreTrainedModel", program: "Program") -> Iterator["PreTrainedModel"]:
+    """Within the context, `model` does what `program` says; afterwards it is as before.
+
+    Any dtype, batch, padding side, KV cache, device or device_map: each edit is computed in float32 (or wider)
+    on the activation's own device and rounded once to its dtype. Edits at one site apply in program order,
+    sites in data-flow order. Raises ProgramError if the program does not fit the model.
+    """
+    facts = live_facts(model)
+    program.require_fit(facts.geometry)
+    with ExitStack() as hooks:
+        for layer in sorted({edit.layer for edit in program.edits}):
+            for site in SITES:
+                edits = [edit for edit in program.edits if (edit.layer, edit.site) == (layer, site)]
+                if edits:
+                    for handle in _hook(port(model, facts, layer, site), edits):
+                        hooks.callback(handle.remove)
+        yield model
+
+
+def _hook(place: Any, edits: list[Edit]) -> Iterator[Any]:
+    changes = [_change(edit) for edit in edits if not isinstance(edit, Rank1)]
+    if changes and place.side == "input":
+        yield place.module.register_forward_pre_hook(lambda _, args: (_apply(changes, args[0]), *args[1:]))
+    elif changes:
+        yield place.module.register_forward_hook(lambda _, __, output: _on_first(changes, output))
+    # A forward hook sees the inputs that the pre-hook above has changed: what the projection receives.
+    for edit in edits:
+        if isinstance(edit, Rank1):
+            yield place.module.register_forward_hook(_rank1(edit))
+
+
+def _on_first(changes: list[Change], output: Any) -> Any:
+    """The changes applied to a module's output, or to its first part where it is a tuple."""
+    if isinstance(output, tuple):
+        return (_apply(changes, output[0]), *output[1:])
+    return _apply(changes, output)
+
+
+def _apply(changes: list[Change], x: "Tensor") -> "Tensor":
+    wide = _widen(x)
+    for change in changes:
+        wide = change(wide)
+    return wide.to(x.dtype)
+
+
+def _change(edit: Edit) -> Change:
+    import torch
+
+    if isinstance(edit, Shift):
+        vector = _Placed(torch.tensor(edit.vector))
+        return lambda x: x + vector.on(x)
+    assert isinstance(edit, Scale), edit
+    units, factors = _Placed(torch.tensor(edit.units)), _Placed(1 + torch.tensor(edit.gamma))
+    return lambda x: x.index_copy(-1, units.on(x), x[..., units.on(x)] * factors.on(x))
+
+
+def _rank1(edit: Rank1) -> Callable[..., "Tensor"]:
+    import torch
+
+    k, v = _Placed(torch.tensor(edit.k)), _Placed(edit.strength * torch.tensor(edit.v))
+
+    def hook(_: Any, inputs: tuple["Tensor", ...], output: "Tensor") -> "Tensor":
+        x = _widen(inputs[0])
+        return (_widen(output) + (x @ k.on(x).to(x.dtype))[..., None] * v.on(x)).to(output.dtype)
+
+    return hook
+
+
+def _widen(x: "Tensor") -> "Tensor":
+    import torch
+
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Placed:
+    """A constant that follows the activations to their device, once."""
+
+    def __init__(self, value: "Tensor") -> None:
+        self.value = value
+
+    def on(self, x: "Tensor") -> "Tensor":
+        if self.value.device != x.device:
+            self.value = self.value.to(x.device)
+        return self.value

@@ -1,0 +1,132 @@
+"""Live transformers models: loading one, and where its sites are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from austeer.compiler.errors import CheckpointError
+from austeer.compiler.facts import ModelFacts, facts_of
+from austeer.compiler.sites import SiteName
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Port(NamedTuple):
+    """A place of a live model where an activation passes: the input or the output of a module.
+
+    The activation is [batch, tokens, width], or flattened to [batch·tokens, width] (OPT's FFN).
+    """
+
+    module: "nn.Module"
+    side: Literal["input", "output"]
+
+
+def live_facts(model: "PreTrainedModel") -> ModelFacts:
+    """The facts of a live model, from its own configuration."""
+    return facts_of(model.config.name_or_path or "the model", model.config.to_dict())
+
+
+def block_of(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> "nn.Module":
+    """The module of one block."""
+    entry = facts.architecture
+    return model.get_submodule((entry.prefix + entry.block.format(layer=layer)).rstrip("."))
+
+
+def port(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: SiteName) -> Port:
+    """Where the activation of a site passes.
+
+    In a mixture-of-experts layer `ffn` is the output of the whole FFN block, and `neurons` does not exist.
+    """
+    block, entry = block_of(model, facts, layer), facts.architecture
+    if site == "residual":
+        return Port(block, "output")
+    if site in ("heads", "attn"):
+        return Port(block.get_submodule(entry.attn_out.name), "input" if site == "heads" else "output")
+    if entry.experts is not None and facts.has_experts(layer):
+        if site == "neurons":
+            raise CheckpointError(f"layer {layer} is a mixture of experts: it has no single `neurons` site")
+        return Port(block.get_submodule(entry.experts.module), "output")
+    return Port(block.get_submodule(entry.ffn_out.name), "input" if site == "neurons" else "output")
+
+
+def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "PreTrainedModel":
+    """The model in `folder`, for inference only; no remote code, no network.
+
+    `dtype`: "auto" (as stored) or a torch name such as "float32". `device`: "auto" (the accelerator if there
+    is one, else the CPU), a torch device, or "spread" (over all accelerators, by accelerate's device_map).
+    Raises CheckpointError where transformers refuses the files or a weight is missing or left unused.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    placement = {"device_map": "auto"} if device == "spread" else {}
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True, **placement
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    _require_complete(folder, report)
+    if device != "spread":
+        model.to(best_device() if device == "auto" else device)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`; CheckpointError if there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+
+
+def best_device() -> str:
+    """The torch device to use where the user names none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fits_in_float32(values: int, device: str) -> bool:
+    """Whether `values` weights in float32, and room to work, fit in the memory of the device."""
+    free = _free_memory(best_device() if device == "auto" else device)
+    return free is None or 4 * values * 1.2 + 2**30 <= free
+
+
+def _free_memory(device: str) -> int | None:
+    """Bytes, or None where the system does not tell."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if device == "spread":
+        return sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return None
+
+
+def _require_complete(folder: Path, report: dict[str, Any]) -> None:
+    for state, consequence in (("missing_keys", "would be random"), ("unexpected_keys", "would be ignored")):
+        names = sorted(report.get(state) or ())
+        if names:
+            raise CheckpointError(
+                f"{folder}: {len(names)} weights {consequence} when transformers loads this model, the first is "
+                f"{names[0]}; the files do not fit config.json"
+            )

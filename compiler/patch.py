@@ -1,0 +1,117 @@
+"""Patches: the target language. What happens to the weights, by (layer, role), never by tensor name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from austeer.compiler.edits import Floats
+from austeer.compiler.errors import SpaceError
+from austeer.compiler.sites import Space
+
+Role = Literal["attn_out", "ffn_out"]
+Part = Literal["weight", "bias"]
+
+READS: Mapping[Role, Space] = {"attn_out": "heads", "ffn_out": "neurons"}  # both write to the residual space
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A float32 vector and the space it lives in."""
+
+    space: Space
+    values: Floats
+
+    def within(self, space: Space) -> Floats:
+        """The values, if they live in `space`; SpaceError otherwise, even where the lengths agree."""
+        if self.space != space:
+            raise SpaceError(f"a vector of the {self.space} space cannot be used in the {space} space")
+        return self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The normal form of one edited projection: y ← a⊙W(s⊙x + t) + U Vᵀ(s⊙x + t) + a⊙b + u.
+
+    a, u and the columns of U are in the residual space, s, t and the columns of V in the space the
+    projection reads; all float32. Built edit by edit in the order of the program, then applied to the
+    *base* weight once: W' = (a⊙W + U Vᵀ)⊙s and b' = a⊙(b + W t) + U(Vᵀt) + u. Scaling the output scales
+    the rank-1 terms that are there, so the terms of U need no factor of their own.
+    """
+
+    layer: int
+    role: Role
+    a: Floats
+    s: Floats
+    t: Floats
+    u: Floats
+    terms: tuple[tuple[Floats, Floats], ...] = ()  # (column of U, column of V)
+
+    @staticmethod
+    def identity(layer: int, role: Role, residual: int, inputs: int) -> "Affine":
+        """The projection as it is in the base."""
+        ones, zeros = np.ones, np.zeros
+        return Affine(
+            layer, role, ones(residual, np.float32), ones(inputs, np.float32),
+            zeros(inputs, np.float32), zeros(residual, np.float32),
+        )  # fmt: skip
+
+    def scale_input(self, units: tuple[int, ...], factors: Floats) -> "Affine":
+        """x_i ← factor_i·x_i before the projection."""
+        return replace(self, s=_scaled(self.s, units, factors), t=_scaled(self.t, units, factors))
+
+    def shift_input(self, vector: Vector) -> "Affine":
+        """x ← x + vector before the projection."""
+        return replace(self, t=self.t + vector.within(READS[self.role]))
+
+    def add_rank1(self, v: Vector, k: Vector) -> "Affine":
+        """y ← y + v·(kᵀ·input) after the projection."""
+        return replace(self, terms=(*self.terms, (v.within("residual"), k.within(READS[self.role]))))
+
+    def scale_output(self, units: tuple[int, ...], factors: Floats) -> "Affine":
+        """y_i ← factor_i·y_i after the projection."""
+        terms = tuple((_scaled(v, units, factors), k) for v, k in self.terms)
+        return replace(
+            self, a=_scaled(self.a, units, factors), u=_scaled(self.u, units, factors), terms=terms
+        )
+
+    def shift_output(self, vector: Vector) -> "Affine":
+        """y ← y + vector after the projection."""
+        return replace(self, u=self.u + vector.within("residual"))
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether b' can differ from b; without a shift it only does where there is a b and a row scale."""
+        return self.adds_bias or bool((self.a != 1).any())
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the projection needs a bias even where the base has none."""
+        return bool(self.t.any() or self.u.any())
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Edit number `edit` of the program changes these rows and columns of a projection's part; None is all."""
+
+    edit: int
+    layer: int
+    role: Role
+    part: Part
+    rows: tuple[int, ...] | None
+    columns: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """At most one Affine per projection, and which edit touches what."""
+
+    operations: tuple[Affine, ...]
+    touches: tuple[Touch, ...]
+
+
+def _scaled(vector: Floats, units: tuple[int, ...], factors: Floats) -> Floats:
+    result = vector.copy()
+    result[list(units)] *= factors
+    return result

@@ -1,0 +1,152 @@
+"""Reports for people: the text and tables that the command line prints on stdout."""
+
+from collections.abc import Iterable
+from functools import singledispatch
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from austeer.compiler.card import describe
+from austeer.compiler.certificate import Certificate
+from austeer.compiler.measure import Effect
+from austeer.compiler.program import Program
+from austeer.compiler.text import render
+from austeer.compiler.verbs.build import BuildReport
+from austeer.compiler.verbs.demo import Demo
+from austeer.compiler.verbs.inspect import Inspection
+from austeer.compiler.verbs.steer import Steering
+from austeer.compiler.verbs.verify import Verification
+
+SHOWN = 20  # rows of long tables
+
+
+@singledispatch
+def show(report: Any) -> None:
+    """Prints a report."""
+    raise NotImplementedError(type(report))
+
+
+@show.register
+def _(report: BuildReport) -> None:
+    plan, console = report.plan, _console()
+    rows = [(job.tensor.file.name, job.tensor.name, f"{job.nbytes:,}") for job in plan.jobs]
+    _table("Plan" if report.out is None else "Rewritten", ("file", "tensor", "bytes"), rows)
+    if report.out is None:
+        slices = [(entry["edit"], entry["tensor"], _slice(entry["slice"])) for entry in plan.lowering]
+        _table("Slices", ("edit", "tensor", "slice"), slices)
+    console.print(
+        f"{len(report.program.edits)} edits, {len(plan.jobs)} tensors, {plan.nbytes:,} bytes rewritten of "
+        f"{plan.output_bytes:,} copied, working memory up to {plan.peak_bytes / 2**20:.0f} MB"
+    )
+    if plan.left_out:
+        console.print(f"Left out (not part of the checkpoint): {', '.join(plan.left_out)}", markup=False)
+    _end(report.out, report.certificate, report.notes)
+
+
+@show.register
+def _(report: Steering) -> None:
+    console = _console()
+    if report.search is not None:
+        rows = [
+            (trial.k, f"{trial.alpha:.4g}", f"{trial.drift:.4f}", *_effect(trial.effect), "<-" if trial == report.search.best else "")
+            for trial in report.search.table
+        ]
+        rows.insert(0, ("base", "", "0", *_effect(report.search.base), ""))
+        columns = ("k", "alpha", "drift", "accuracy", "margin", "")
+        _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
+    console.print(f"Scaled {report.k} units at site {report.site} with alpha {report.alpha:.4g}; drift {report.drift:.4f} nats per token")
+    _end(report.out, report.certificate, report.notes)
+
+
+@show.register
+def _(report: Inspection) -> None:
+    if report.text:
+        print(render(report.program), end="")
+        return
+    _program(report.program)
+    if report.manifest is not None:
+        base = report.manifest["base"]
+        _console().print(f"Compiled into {base['id']} ({base['revision'] or 'local'}) for {report.manifest['target']}", markup=False)
+        rows = [(entry["edit"], entry["tensor"], _slice(entry["slice"])) for entry in report.manifest["lowering"]]
+        _table("Lowering", ("edit", "tensor", "slice"), rows)
+        if report.manifest["certificate"]:
+            _certificate(Certificate.from_plain(report.manifest["certificate"]))
+
+
+@show.register
+def _(report: Verification) -> None:
+    for name, verdict in report.files.items():
+        _console().print(f"{name}: {verdict}", markup=False)
+    _end(None, report.certificate, report.notes)
+    for problem in report.problems:
+        _console().print(f"FAILED: {problem}", markup=False)
+    if report.passed:
+        _console().print("Verified: the checkpoint is its base with exactly this program folded in.")
+
+
+@show.register
+def _(report: Demo) -> None:
+    show(report.steering)
+    table = Table("base", "compiled", title="Greedy text", show_lines=True)
+    for base, compiled in report.texts:
+        table.add_row(base, compiled)
+    _console().print(table)
+    show(report.verification)
+
+
+def _program(program: Program) -> None:
+    model = program.model
+    _console().print(f"Program {program.sha256}", highlight=False)
+    _console().print(f"for {model.name} ({model.architecture}, {model.layers} layers, width {model.residual})", markup=False)
+    rows = [(number, edit.layer, edit.site, edit.kind, describe(edit)) for number, edit in enumerate(program.edits)]
+    _table("Edits, in program order", ("edit", "layer", "site", "kind", "what"), rows)
+
+
+def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str]) -> None:
+    if certificate is not None:
+        _certificate(certificate)
+    for note in notes:
+        _console().print(f"Note: {note}", markup=False)
+    if out is not None:
+        _console().print(f"Written: {out}", markup=False)
+
+
+def _certificate(certificate: Certificate) -> None:
+    rows = [
+        ("max abs logit difference", certificate.max_abs_logit_diff, certificate.base_max_abs_logit_diff),
+        ("mean KL, nats per token", certificate.mean_kl, certificate.base_mean_kl),
+        ("top-1 agreement", certificate.top1_agreement, certificate.base_top1_agreement),
+    ]
+    title = f"Certificate: against {certificate.reference}, {certificate.dtype}, {certificate.tokens} tokens"
+    _table(title, ("", "compiled", "unedited base"), [(name, f"{ours:.4g}", f"{base:.4g}") for name, ours, base in rows])
+    same = "equal" if certificate.greedy_equal else "not equal"
+    zeros = f"zero weights {certificate.zeros_before:.4%} -> {certificate.zeros_after:.4%}"
+    verdict = "It holds." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
+    _console().print(f"Greedy text {same}; {zeros}. {verdict}", highlight=False)
+
+
+def _table(title: str, columns: Iterable[str], rows: list[tuple[Any, ...]], *, all_rows: bool = False) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    shown = rows if all_rows else rows[:SHOWN]
+    for row in shown:
+        table.add_row(*map(str, row))
+    _console().print(table, markup=False)
+    if len(shown) < len(rows):
+        _console().print(f"... and {len(rows) - len(shown)} more (see --json)")
+
+
+def _slice(axes: list[list[int] | None]) -> str:
+    return "[" + ", ".join(":" if axis is None else _some(axis) for axis in axes) + "]"
+
+
+def _some(indices: list[int]) -> str:
+    return ",".join(map(str, indices[:6])) + (f",… {len(indices) - 6} more" if len(indices) > 6 else "")
+
+
+def _effect(effect: Effect | None) -> tuple[str, str]:
+    return ("-", "-") if effect is None else (f"{effect.accuracy:.3f}", f"{effect.margin:+.3f}")
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

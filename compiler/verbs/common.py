@@ -1,0 +1,141 @@
+"""What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from austeer.compiler.card import read_card, render_card
+from austeer.compiler.certificate import Certificate
+from austeer.compiler.checkpoint import Checkpoint
+from austeer.compiler.errors import CheckFailed
+from austeer.compiler.facts import ModelFacts, facts_of
+from austeer.compiler.layout import Layout
+from austeer.compiler.live import fits_in_float32
+from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, render, tool_versions
+from austeer.compiler.program import Program
+from austeer.compiler.progress import bar
+from austeer.compiler.staging import staged, write_file
+from austeer.compiler.tokens import Chat
+from austeer.passes.fold import fold
+from austeer.passes.legalize import legalize
+from austeer.targets.checkpoint import Plan, Writing, plan, write
+from austeer.targets.hub import Fetched, content_sha256, fetch
+
+TARGET = "transformers"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are run. `max_length` in tokens (None: what the model allows, at most 2048)."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int = 4096
+    max_length: int | None = None
+    seed: int = 0
+    chat: Chat | None = None
+    raw: bool = False  # no chat template, and no notice that one exists
+
+    def length_for(self, config: dict[str, Any]) -> int:
+        """The number of tokens after which texts are cut for this model."""
+        limits = [config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)]
+        return min([self.max_length or 2048, *limits])
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk, with everything that is known before its weights are read."""
+
+    fetched: Fetched
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    layout: Layout
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.checkpoint.path
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest."""
+        known = {name: content_sha256(self.path / name) for name in self.checkpoint.shards}
+        hashes = {name: sha256 for name, sha256 in known.items() if sha256}
+        return describe_base(self.checkpoint, self.fetched.id, self.fetched.revision, hashes)
+
+
+def open_base(model: str, revision: str | None = None) -> Base:
+    """The base at a local folder or Hub id, checked from its headers. Raises CheckpointError or Refused."""
+    fetched = fetch(model, revision)
+    checkpoint = Checkpoint.open(fetched.path)
+    facts = facts_of(fetched.id.rpartition("/")[2], checkpoint.config)
+    return Base(fetched, checkpoint, facts, Layout.of(checkpoint, facts))
+
+
+def plan_for(program: Program, base: Base) -> Plan:
+    """program → legalize → fold → the tensors of the base."""
+    return plan(fold(legalize(program, base.facts), base.facts), base.layout)
+
+
+def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
+    """float32 if that fits in memory, else the stored dtype with a notice; what the user names wins."""
+    if settings.dtype != "auto":
+        return settings.dtype, []
+    values = sum(tensor.nbytes // 2 if tensor.dtype != "F32" else tensor.nbytes // 4 for tensor in base.checkpoint.tensors.values())
+    if fits_in_float32(values, settings.device):
+        return "float32", []
+    return "auto", ["the certificate is measured in the stored dtype: the model does not fit in memory in float32"]
+
+
+def write_compiled(
+    plan: Plan,
+    base: Base,
+    program: Program,
+    out: Path,
+    *,
+    certify: Callable[[Path], Certificate] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Certificate | None:
+    """Writes the compiled checkpoint at `out`, whole or not at all, and certifies it before it appears.
+
+    Raises OutputError if `out` exists or cannot be written, CheckFailed, leaving nothing, if the certificate
+    does not hold.
+    """
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "base": base.describe(),
+        "program": {"file": PROGRAM, "sha256": program.sha256},
+        "target": TARGET,
+        "form": "checkpoint",
+        "lowering": plan.lowering,
+        "left_out": plan.left_out,
+        **(extra or {}),
+    }
+    with staged(out, needed=plan.output_bytes) as folder:
+        with bar("Writing", plan.output_bytes) as advance:
+            writing = Writing(advance=advance)
+            write(plan, folder, writing)
+        (folder / PROGRAM).parent.mkdir()
+        program.save(folder / PROGRAM)
+        certificate = certify(folder) if certify else None
+        if certificate and not certificate.passed:
+            raise CheckFailed(f"{out}: not written, for its certificate does not hold: {'; '.join(certificate.failures())}")
+        manifest |= {
+            "rounding": writing.rounding,
+            "certificate": certificate.plain() if certificate else None,
+            "versions": tool_versions(),
+        }
+        write_file(folder / MANIFEST, render(manifest))
+        card = render_card(program, base.fetched.id, read_card(base.path), certificate, out.name)
+        write_file(folder / "README.md", card)
+    return certificate
+
+
+def take_tokens(texts: Sequence[tuple[int, ...]], tokens: int, longest: int = 256) -> list[tuple[int, ...]]:
+    """Texts cut to `longest` tokens, from the first on, until they hold `tokens` in all."""
+    chosen: list[tuple[int, ...]] = []
+    for text in texts:
+        if sum(map(len, chosen)) >= tokens:
+            break
+        chosen.append(text[:longest])
+    return chosen

@@ -1,0 +1,237 @@
+"""steer: model + contrastive pairs → compiled checkpoint."""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from austeer.compiler.certificate import Certificate, certify
+from austeer.compiler.edits import Scale
+from austeer.compiler.errors import CheckFailed, OutputError, Refused, UsageError
+from austeer.compiler.live import load_model, load_tokenizer
+from austeer.compiler.measure import drifts
+from austeer.compiler.neutral import sample_neutral
+from austeer.compiler.pairs import Pair, read_pairs, read_texts, split_by_prompt
+from austeer.compiler.program import Program
+from austeer.compiler.sites import SiteName, site_named
+from austeer.compiler.tokens import Tokens, encode_pairs, encode_texts
+from austeer.compiler.verbs.common import (
+    Base,
+    Settings,
+    certificate_dtype,
+    open_base,
+    plan_for,
+    take_tokens,
+    write_compiled,
+)
+from austeer.passes.legalize import refusal
+from austeer.passes.localize import localize, select
+from austeer.passes.search import Search, search
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEUTRAL_TEXTS, NEUTRAL_TOKENS = 32, 64
+CERTIFIED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only)."""
+
+    out: str
+    program: Program
+    site: SiteName
+    k: int
+    alpha: float
+    drift: float
+    search: Search | None
+    certificate: Certificate | None
+    notes: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "out": self.out,
+            "sha256": self.program.sha256,
+            "edits": len(self.program.edits),
+            "site": self.site,
+            "top_k": self.k,
+            "alpha": self.alpha,
+            "drift": self.drift,
+            "search": asdict(self.search) if self.search else None,
+            "certificate": self.certificate.plain() if self.certificate else None,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token)."""
+
+    site: SiteName
+    top_k: int | None
+    alpha: float | None
+    max_drift: float
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"--top-k must be at least 1, got {self.top_k}")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):
+            raise UsageError(f"--alpha must be a finite number other than 0, got {self.alpha}")
+        if not (math.isfinite(self.max_drift) and self.max_drift > 0):
+            raise UsageError(f"--max-drift must be a finite number above 0, got {self.max_drift}")
+
+
+def steer(
+    model: str,
+    pairs: str | Path,
+    out: str | Path,
+    *,
+    site: str = "ffn",
+    top_k: int | None = None,
+    alpha: float | None = None,
+    max_drift: float = 0.1,
+    neutral: str | Path | None = None,
+    program_only: bool = False,
+    revision: str | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+) -> Steering:
+    """Finds the units that tell the pairs' sides apart (AUSteer), scales them, and writes the checkpoint at `out`.
+
+    What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy with a mean
+    KL to the base on neutral text of at most `max_drift`. With `program_only`, `out` is a program file.
+    Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
+    """
+    goal, out = Goal(site_named(site), top_k, alpha, max_drift), Path(out)
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; it is not overwritten. Give another name, or remove it first")
+    samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
+    base = open_base(model, revision)
+    if not program_only:
+        _require_foldable(goal.site, base)
+    finding = _find(base, goal, samples, texts, settings)
+    if program_only:
+        finding.program.save(out)
+        return _report(out, goal, finding, None, ())
+    plan = plan_for(finding.program, base)
+    dtype, kept = certificate_dtype(base, settings)
+
+    def check(folder: Path) -> Certificate:
+        return certify(base.path, folder, finding.program, finding.texts, dtype=dtype, device=settings.device)
+
+    extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
+    certificate = write_compiled(plan, base, finding.program, out, certify=check, extra=extra)
+    return _report(out, goal, finding, certificate, tuple(kept))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a live model said: the program, how it was chosen, and texts that were not used to fit it."""
+
+    program: Program
+    k: int
+    alpha: float
+    drift: float
+    fitted: int
+    held_out: int
+    search: Search | None
+    texts: list[Tokens]
+    notes: tuple[str, ...]
+
+
+def _find(
+    base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str] | None, settings: Settings
+) -> Finding:
+    model = load_model(base.path, dtype=settings.dtype, device=settings.device)
+    tokenizer = load_tokenizer(base.path)
+    length = settings.length_for(base.checkpoint.config)
+    complete = goal.top_k is not None and goal.alpha is not None
+    fit, held = (samples, ()) if complete else split_by_prompt(samples, settings.seed)
+    fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
+    scores = localize(model, fitted.pairs, goal.site, batch_tokens=settings.batch_tokens)
+    plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
+    notes = (*_chat_notice(tokenizer, settings), *fitted.notes, *held_out.notes, *scores.notes, *cut)
+    texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
+    if goal.top_k is not None and goal.alpha is not None:
+        program = select(scores, goal.top_k, goal.alpha, base.facts.geometry)
+        moved = drifts(model, plain, [program], settings.batch_tokens)[0]
+        return Finding(program, goal.top_k, goal.alpha, moved, len(fitted.pairs), 0, None, texts, notes)
+    found = search(
+        model, scores, held_out.pairs, plain,
+        max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=settings.batch_tokens,
+    )  # fmt: skip
+    best = found.best
+    if best is None:
+        raise CheckFailed(_no_help(found, goal))
+    program = select(scores, best.k, best.alpha, base.facts.geometry)
+    sizes = len(fitted.pairs), len(held_out.pairs)
+    return Finding(program, best.k, best.alpha, best.drift, *sizes, found, texts, notes)
+
+
+def _neutral_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", given: Sequence[str] | None, length: int, seed: int
+) -> tuple[Sequence[Tokens], tuple[str, ...]]:
+    """Plain text on which drift is measured: the user's, else sampled from the base."""
+    if given is not None:
+        return encode_texts(tokenizer, given, length)
+    return sample_neutral(model, tokenizer, NEUTRAL_TEXTS, min(NEUTRAL_TOKENS, length), seed), ()
+
+
+def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tuple[str, ...]:
+    if tokenizer.chat_template and settings.chat is None and not settings.raw:
+        return ("this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",)
+    return ()
+
+
+def _interleaved(first: Sequence[Tokens], second: Sequence[Tokens]) -> list[Tokens]:
+    """Alternately one of each, so that a budget takes some of both."""
+    return [text for both in zip_longest(first, second) for text in both if text is not None]
+
+
+def _require_foldable(site: SiteName, base: Base) -> None:
+    """Refused, before any model is run, where no layer can carry a scale at the site."""
+    probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
+    reasons = [refusal(probe, base.facts) for probe in probes]
+    if all(reasons):
+        raise Refused(f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only")
+
+
+def _no_help(found: Search, goal: Goal) -> str:
+    tried = ", ".join(sorted({str(trial.k) for trial in found.table}, key=int))
+    return (
+        f"steering at site {goal.site} does not help within a drift of {goal.max_drift} nats per token: none of "
+        f"{len(found.table)} trials (k of {tried}) beats the base's held-out accuracy of {found.base.accuracy:.3f}. "
+        "Nothing was written. Try another --site, a larger --max-drift, or more pairs"
+    )
+
+
+def _record(goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, Any]:
+    """For the manifest: how the program was found, without any pair text."""
+    return {
+        "site": goal.site,
+        "top_k": finding.k,
+        "alpha": finding.alpha,
+        "max_drift": goal.max_drift,
+        "drift": finding.drift,
+        "seed": seed,
+        "pairs": {
+            "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest(),
+            "fitted": finding.fitted,
+            "held_out": finding.held_out,
+        },
+        "search": asdict(finding.search) if finding.search else None,
+    }
+
+
+def _report(
+    out: Path, goal: Goal, finding: Finding, certificate: Certificate | None, kept: tuple[str, ...]
+) -> Steering:
+    return Steering(
+        str(out), finding.program, goal.site, finding.k, finding.alpha, finding.drift,
+        finding.search, certificate, (*finding.notes, *kept),
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""verify: a compiled checkpoint checked from its files alone: bytes, then numbers."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from austeer.compiler.certificate import Certificate, certify
+from austeer.compiler.checkpoint import Checkpoint
+from austeer.compiler.errors import CheckpointError, UsageError
+from austeer.compiler.live import load_model, load_tokenizer
+from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
+from austeer.compiler.neutral import sample_neutral
+from austeer.compiler.pairs import read_texts
+from austeer.compiler.program import Program
+from austeer.compiler.progress import track
+from austeer.compiler.tokens import encode_texts
+from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for, take_tokens
+from austeer.targets.checkpoint import Plan
+
+CHUNK = 2**24
+SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of each check; `certificate` is measured anew."""
+
+    problems: tuple[str, ...]
+    files: dict[str, str]
+    certificate: Certificate | None
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing at all was found wrong."""
+        return not self.problems
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "passed": self.passed,
+            "problems": list(self.problems),
+            "files": self.files,
+            "certificate": self.certificate.plain() if self.certificate else None,
+            "notes": list(self.notes),
+        }
+
+
+def verify(
+    out: str | Path,
+    *,
+    base: str | None = None,
+    texts: str | Path | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+) -> Verification:
+    """Checks that `out` is its base with exactly its program folded in, and measures the certificate anew.
+
+    Without `texts` (a file of texts or pairs) it measures on text sampled from the base. Without `base` the
+    manifest's is used: a Hub id, or a folder of that name here or beside `out`. Raises CheckpointError if
+    `out` or its base cannot be read; what is merely wrong is a problem in the report.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    compiled, program = Checkpoint.open(out), Program.load(out / PROGRAM)
+    opened = open_base(base or _find_base(manifest, out), None if base else manifest["base"]["revision"])
+    problems = list(_identity_problems(manifest, program, opened))
+    if problems:  # with another base or program the rest would only repeat this
+        return Verification(tuple(problems), {}, None, ())
+    files = {name: _compare(name, opened, compiled, plan_for(program, opened)) for name in opened.checkpoint.shards}
+    problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
+    certificate, notes = _measure(opened, out, program, texts, settings)
+    problems += certificate.failures()
+    return Verification(tuple(problems), files, certificate, notes)
+
+
+def _find_base(manifest: dict[str, Any], out: Path) -> str:
+    name, revision = manifest["base"]["id"], manifest["base"]["revision"]
+    if revision:
+        return name
+    for folder in (Path(name), out.resolve().parent / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise UsageError(f"{out} was compiled from the local model {name!r}, which is not here; say where it is with --base")
+
+
+def _identity_problems(manifest: dict[str, Any], program: Program, base: Base) -> Iterator[str]:
+    if program.sha256 != manifest["program"]["sha256"]:
+        yield f"{PROGRAM} is not the program that {MANIFEST} names"
+    recorded = manifest["base"]["files"]
+    if set(recorded) != set(base.checkpoint.shards):
+        yield f"the base has other weight files than {MANIFEST} names"
+        return
+    for name, facts in recorded.items():
+        header = base.checkpoint.headers[name]
+        if (header.size, header.sha256) != (facts["size"], facts["header_sha256"]):
+            yield f"{name} of the base is not the file that was compiled (its size or header differs)"
+        elif "sha256" in facts and _sha256(base.path / name) != facts["sha256"]:
+            yield f"{name} of the base is not the file that was compiled (its content differs)"
+
+
+def _compare(name: str, base: Base, compiled: Checkpoint, plan: Plan) -> str:
+    """Whether a shard is, byte for byte, what compiling the base would give now."""
+    if name not in compiled.shards or (compiled.path / name).stat().st_size != (base.path / name).stat().st_size:
+        return "missing, or of another size than the base's"
+    with (base.path / name).open("rb") as old, (compiled.path / name).open("rb") as new:
+        position = 0
+        for job in track(plan.in_shard(name), f"Comparing {name}"):
+            for segment in job.segments():
+                if not _same(old, new, position, segment.offset):
+                    return f"bytes outside the edited slices differ from the base, before byte {segment.offset}"
+                new.seek(segment.offset)
+                if new.read(len(segment.data)) != segment.data:
+                    return f"{job.tensor.name} does not hold what the program makes of the base"
+                position = segment.offset + len(segment.data)
+        same = _same(old, new, position, (base.path / name).stat().st_size)
+    return "ok" if same else "bytes outside the edited slices differ from the base"
+
+
+def _same(old: IO[bytes], new: IO[bytes], start: int, end: int) -> bool:
+    old.seek(start)
+    new.seek(start)
+    while start < end:
+        size = min(CHUNK, end - start)
+        if old.read(size) != new.read(size):
+            return False
+        start += size
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _measure(
+    base: Base, out: Path, program: Program, texts: str | Path | None, settings: Settings
+) -> tuple[Certificate, tuple[str, ...]]:
+    dtype, notes = certificate_dtype(base, settings)
+    tokenizer = load_tokenizer(base.path)
+    if texts is not None:
+        tokens, cut = encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
+        notes += cut
+    else:
+        model = load_model(base.path, dtype=dtype, device=settings.device)
+        tokens = sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed)
+        del model
+    certificate = certify(base.path, out, program, take_tokens(tokens, 4096), dtype=dtype, device=settings.device)
+    return certificate, tuple(notes)
