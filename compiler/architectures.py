@@ -18,22 +18,18 @@ class Flag:
     default: bool = False  # what an absent key means
     value: bool = True
 
-    def holds(self, config: Mapping[str, Any]) -> bool:
-        return bool(config.get(self.key, self.default)) is self.value
+
+Property: TypeAlias = Flag | bool  # a plain bool where no configuration changes it
 
 
-@dataclass(frozen=True)
-class Always:
-    """A property that no configuration changes."""
-
-    value: bool
-
-    def holds(self, config: Mapping[str, Any]) -> bool:
-        return self.value
+def holds(this: Property, config: Mapping[str, Any]) -> bool:
+    """Whether a property holds for a model with this config.json."""
+    if isinstance(this, Flag):
+        return bool(config.get(this.key, this.default)) is this.value
+    return this
 
 
-Property: TypeAlias = Flag | Always
-NO, YES = Always(False), Always(True)
+NO, YES = False, True
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,18 @@ class Experts:
 
     On disk one matrix per expert (`down`, with {expert}) or one 3-D tensor [experts, residual, width]
     (`fused`, as transformers 5 holds it in memory). `module` is the FFN block of the live model. The others
-    are keys of config.json, of which the first of `counts` that is there counts; a layer is dense if `dense_layers` lists it or `step` leaves it out.
+    are keys of config.json: `counts` alternatives for one number, and a layer is dense if `dense_layers` lists
+    it or `step` leaves it out.
     """
 
     down: str
     fused: str
     module: str
     width: str
-    counts: tuple[str, ...] = ("num_experts", "num_local_experts")  # transformers 5 writes the second for both
+    counts: tuple[str, ...] = (
+        "num_experts",
+        "num_local_experts",
+    )  # transformers 5 writes the second for both
     dense_layers: str = "mlp_only_layers"
     step: str = "decoder_sparse_step"
 
@@ -126,9 +126,7 @@ def family(model_type: str, class_name: str, qkv: Property, out: Property, ffn: 
     """A family with the tensor names of llama."""
     attn_out, *qkv_proj = attention(qkv, out)
     ffn_out, *gate_up = gated_ffn(ffn)
-    return Architecture(
-        model_type, class_name, "model.", "layers.{layer}.", attn_out, ffn_out, (*qkv_proj, *gate_up)
-    )
+    return Architecture(model_type, class_name, "model.", "layers.{layer}.", attn_out, ffn_out, (*qkv_proj, *gate_up))
 
 
 ATTENTION_BIAS = Flag("attention_bias")
@@ -140,19 +138,13 @@ QWEN2 = family("qwen2", "Qwen2ForCausalLM", YES, NO)
 QWEN3 = replace(family("qwen3", "Qwen3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_128)
 QWEN3_MOE = replace(
     family("qwen3_moe", "Qwen3MoeForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS),
-    experts=Experts(
-        "mlp.experts.{expert}.down_proj", "mlp.experts.down_proj", "mlp", "moe_intermediate_size"
-    ),
+    experts=Experts("mlp.experts.{expert}.down_proj", "mlp.experts.down_proj", "mlp", "moe_intermediate_size"),
 )
 MIXTRAL = replace(
     family("mixtral", "MixtralForCausalLM", NO, NO),
-    experts=Experts(
-        "block_sparse_moe.experts.{expert}.w2", "mlp.experts.down_proj", "mlp", "intermediate_size"
-    ),
+    experts=Experts("block_sparse_moe.experts.{expert}.w2", "mlp.experts.down_proj", "mlp", "intermediate_size"),
 )
-GEMMA2 = replace(
-    family("gemma2", "Gemma2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES
-)
+GEMMA2 = replace(family("gemma2", "Gemma2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES)
 GEMMA3 = replace(
     family("gemma3_text", "Gemma3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES
 )

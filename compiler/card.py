@@ -39,7 +39,9 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 """
 
 
-def render_card(program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None, name: str) -> bytes:
+def render_card(
+    program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None, name: str
+) -> bytes:
     """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields."""
     import yaml
 
@@ -51,7 +53,11 @@ def render_card(program: Program, base: str, base_card: dict[str, Any], certific
         "tags": ["austeer-compile", "activation-steering", "edited-weights"],
     }
     licence = inherited.get("license_name") or inherited.get("license")
-    stated = f"\nLicence, from the base's card: {licence}.\n" if licence else "\nThe base's card states no licence; ask its authors.\n"
+    stated = (
+        f"\nLicence, from the base's card: {licence}.\n"
+        if licence
+        else "\nThe base's card states no licence; ask its authors.\n"
+    )
     rows = [_row(edit) for edit in program.edits[:LISTED_EDITS]]
     if len(program.edits) > LISTED_EDITS:
         rows.append(f"| … | | | {len(program.edits) - LISTED_EDITS} more in `{MANIFEST}` |")
@@ -78,7 +84,9 @@ def read_card(folder: Path) -> dict[str, Any]:
 def describe(edit: Edit) -> str:
     """One line on what an edit holds."""
     if isinstance(edit, Scale):
-        units = ", ".join(f"{unit}: x{1 + gamma:.3g}" for unit, gamma in zip(edit.units[:8], edit.gamma[:8], strict=True))
+        units = ", ".join(
+            f"{unit}: x{1 + gamma:.3g}" for unit, gamma in zip(edit.units[:8], edit.gamma[:8], strict=True)
+        )
         more = f", … {len(edit.units) - 8} more" if len(edit.units) > 8 else ""
         return f"{len(edit.units)} units ({units}{more})"
     sizes = (f"|{name}| = {float((getattr(edit, name) ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
@@ -93,13 +101,12 @@ def _row(edit: Edit) -> str:
 def _measured(certificate: Certificate | None) -> str:
     if certificate is None:
         return "Not measured at build time. `austeer-compile verify` measures it."
+    rows = "\n".join(f"| {name} | {ours} | {base} |" for name, ours, base in certificate.table())
     verdict = "holds" if certificate.passed else "does NOT hold"
     return (
         f"Measured in {certificate.dtype} on {certificate.tokens} tokens of {certificate.texts} texts, against "
         f"{certificate.reference}:\n\n"
         "| | compiled | unedited base |\n|---|---|---|\n"
-        f"| max abs logit difference | {certificate.max_abs_logit_diff:.3g} | {certificate.base_max_abs_logit_diff:.3g} |\n"
-        f"| mean KL, nats per token | {certificate.mean_kl:.3g} | {certificate.base_mean_kl:.3g} |\n"
-        f"| top-1 agreement | {certificate.top1_agreement:.4%} | {certificate.base_top1_agreement:.4%} |\n\n"
+        f"{rows}\n\n"
         f"The certificate {verdict}."
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import load_model
 from austeer.compiler.progress import track
+from austeer.compiler.tokens import Tokens, take_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,15 @@ class Certificate:
         """Whether the checkpoint does what the program says, by the rule for its stored dtype."""
         return not self.failures()
 
+    def table(self) -> list[tuple[str, str, str]]:
+        """The figures for people: (what, of the compiled model, of the unedited base)."""
+        rows = (
+            ("max abs logit difference", self.max_abs_logit_diff, self.base_max_abs_logit_diff),
+            ("mean KL, nats per token", self.mean_kl, self.base_mean_kl),
+            ("top-1 agreement", self.top1_agreement, self.base_top1_agreement),
+        )
+        return [(what, f"{ours:.4g}", f"{base:.4g}") for what, ours, base in rows]
+
     def _rule(self) -> list[tuple[bool, str]]:
         changed = (
             self.base_mean_kl > 0 or not self.edits,
@@ -67,7 +77,10 @@ class Certificate:
             top1 = f"top-1 agreement is {self.top1_agreement:.4%}, not 100%"
             return [changed, (self.max_abs_logit_diff <= limit, found), (self.top1_agreement == 1, top1)]
         limit = 1e-3 * self.base_mean_kl + 1e-4
-        return [changed, (self.mean_kl <= limit, f"mean KL is {self.mean_kl:.3g} nats, more than {limit:.3g}")]
+        return [
+            changed,
+            (self.mean_kl <= limit, f"mean KL is {self.mean_kl:.3g} nats, more than {limit:.3g}"),
+        ]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values, with the verdict."""
@@ -83,9 +96,9 @@ class Certificate:
 class Reference:
     """What the base and the interpreter say about the texts; kept while the compiled model takes their place."""
 
-    texts: tuple[tuple[int, ...], ...]
+    texts: tuple[Tokens, ...]
     logits: tuple["Tensor", ...]  # per text [tokens, vocabulary], float32 on the CPU
-    greedy: tuple[tuple[int, ...], ...]
+    greedy: tuple[Tokens, ...]
     base: "Comparison"
     zeros: float
     edits: int
@@ -115,7 +128,13 @@ class Comparison:
 
 
 def certify(
-    base: Path, compiled: Path, program: "Program", texts: Sequence[tuple[int, ...]], *, dtype: str, device: str
+    base: Path,
+    compiled: Path,
+    program: "Program",
+    texts: Sequence[Tokens],
+    *,
+    dtype: str,
+    device: str,
 ) -> Certificate:
     """Measures `compiled` against `base` + `program` on token sequences; one model in memory at a time.
 
@@ -127,10 +146,10 @@ def certify(
     return compare(load_model(compiled, dtype=dtype, device=device), reference, stored=stored_dtype(compiled))
 
 
-def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[tuple[int, ...]]) -> Reference:
+def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens]) -> Reference:
     """Runs the base and the interpreter over the texts."""
-    texts = _within_budget(texts, model.config.vocab_size)
-    comparison, kept, made = Comparison(), list["Tensor"](), list[tuple[int, ...]]()
+    texts = take_tokens(texts, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
+    comparison, kept, made = Comparison(), list["Tensor"](), list[Tokens]()
     for number, text in enumerate(track(texts, "reference")):
         plain = _logits(model, text)
         with interpret(model, program):
@@ -177,18 +196,7 @@ def stored_dtype(folder: Path) -> str:
     return next((name for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")) if dtype in found), "float32")
 
 
-def _within_budget(texts: Sequence[tuple[int, ...]], vocabulary: int) -> list[tuple[int, ...]]:
-    tokens = max(1, LOGIT_BYTES // (4 * vocabulary))
-    kept: list[tuple[int, ...]] = []
-    for text in texts:
-        if kept and len(text) > tokens:
-            break
-        kept.append(text[:tokens])
-        tokens -= len(kept[-1])
-    return kept
-
-
-def _logits(model: "PreTrainedModel", text: tuple[int, ...]) -> "Tensor":
+def _logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
     """[tokens, vocabulary], float32 on the CPU."""
     import torch
 
@@ -197,7 +205,7 @@ def _logits(model: "PreTrainedModel", text: tuple[int, ...]) -> "Tensor":
         return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def greedy(model: "PreTrainedModel", prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+def greedy(model: "PreTrainedModel", prompt: Tokens, count: int) -> Tokens:
     """The `count` most likely tokens after a prompt, one after the other, with a KV cache."""
     import torch
 

@@ -30,9 +30,7 @@ _LICENCES = ("license*", "licence*", "notice*", "use_policy*")  # however it is 
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.safetensors")
 
 _UNQUANTISED = "Compile the unquantised model it was made from, and quantise the result"
-_AS_SAFETENSORS = (
-    "Load it with transformers and save_pretrained it, or use huggingface.co/spaces/safetensors/convert"
-)
+_AS_SAFETENSORS = "Load it with transformers and save_pretrained it, or use huggingface.co/spaces/safetensors/convert"
 _BEFORE_GGUF = "Compile the Hugging Face checkpoint it was made from, and convert the result"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _FILES = {
@@ -176,9 +174,7 @@ def files_to_copy(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
         (kept if is_copied(name) else left_out).add(name)
     broken = [name for name in sorted(kept) if not (checkpoint.path / name).is_file()]
     if broken:
-        raise CheckpointError(
-            f"{checkpoint.path / broken[0]}: this leads to no file; download the model again"
-        )
+        raise CheckpointError(f"{checkpoint.path / broken[0]}: this leads to no file; download the model again")
     return sorted(kept), sorted(left_out)
 
 
@@ -212,9 +208,7 @@ def _refuse_other_weights(where: str, names: list[str], endings: set[str]) -> No
             "look for. Load it with transformers and save_pretrained it"
         )
     if CONFIG in names:
-        raise CheckpointError(
-            f"{where} has no weights: there is no {WEIGHTS} and no {INDEX}; download it again"
-        )
+        raise CheckpointError(f"{where} has no weights: there is no {WEIGHTS} and no {INDEX}; download it again")
 
 
 def _read_shards(path: Path, shards: Iterable[str]) -> tuple[dict[str, TensorInfo], dict[str, Header]]:

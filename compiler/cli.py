@@ -33,7 +33,13 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(decorators), command)
 
 
-OUT = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Where the result goes; must not exist.")
+OUT = click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where the result goes; must not exist.",
+)
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
 TARGET = click.option(
@@ -46,8 +52,8 @@ RUN = options(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
         help="What models run in; auto: as stored, and float32 for the certificate.",
     ),
-    click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass.", show_default=True),
-    click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: what the model takes, at most 2048."),
+    click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass."),
+    click.option("--max-length", type=click.IntRange(2), help="Tokens of a text (default: the limit of the model, or 2048)."),
     click.option("--seed", type=int, default=0, show_default=True),
 )  # fmt: skip
 
@@ -92,10 +98,21 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @click.argument("model")
 @click.option("--pairs", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, positive, negative.")
 @OUT
-@click.option("--site", default="ffn", show_default=True, help="heads (attention), attn, neurons, ffn or residual (layer).")
+@click.option(
+    "--site",
+    default="ffn",
+    show_default=True,
+    help="heads (attention), attn, neurons, ffn or residual (layer).",
+)
 @click.option("--top-k", type=int, help="Units to scale; default: searched.")
 @click.option("--alpha", type=float, help="Strength; default: searched.")
-@click.option("--max-drift", type=float, default=0.1, show_default=True, help="Mean KL to the base on neutral text, nats per token.")
+@click.option(
+    "--max-drift",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Mean KL to the base on neutral text, nats per token.",
+)
 @click.option("--neutral", type=click.Path(path_type=Path), help="Neutral texts; default: sampled from the model.")
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
@@ -142,7 +159,7 @@ def build(**arguments: Any) -> Any:
 @click.option("--text", "as_text", is_flag=True, help="Print the program's text form, which build accepts.")
 @JSON
 @reporting
-def inspect(path: Path, as_text: bool) -> Any:
+def inspect(path: Path, *, as_text: bool) -> Any:
     """Explain a program or a compiled checkpoint."""
     from austeer.compiler.verbs.inspect import inspect as verb
 
@@ -152,7 +169,11 @@ def inspect(path: Path, as_text: bool) -> Any:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base model; default: the one the checkpoint names.")
-@click.option("--texts", type=click.Path(path_type=Path), help="Texts or pairs to measure on; default: sampled from the base.")
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    help="Texts or pairs to measure on; default: sampled from the base.",
+)
 @RUN
 @JSON
 @reporting

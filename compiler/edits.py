@@ -144,6 +144,7 @@ class Shift(Edit):
         set_field(self, "vector", as_vector(self.vector, f"{self.where}: vector"))
 
     def widths(self) -> Iterable[tuple[str, Space, int]]:
+        """The vector spans the site's space."""
         return (("vector", self.space, len(self.vector)),)
 
 
@@ -170,6 +171,7 @@ class Rank1(Edit):
         set_field(self, "strength", as_number(self.strength, f"{self.where}: strength"))
 
     def widths(self) -> Iterable[tuple[str, Space, int]]:
+        """k spans the site's space, v the residual space."""
         return (("k", self.space, len(self.k)), ("v", "residual", len(self.v)))
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.compiler.architectures import ARCHITECTURES, Architecture, Axis, Linear
+from austeer.compiler.architectures import ARCHITECTURES, Architecture, Axis, Linear, holds
 from austeer.compiler.checkpoint import CONFIG, read_json
 from austeer.compiler.errors import CheckpointError, ProgramError, Refused
 from austeer.compiler.sites import Space
@@ -62,7 +62,7 @@ class ModelFacts:
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether this model, as configured, adds a bias here; a stray tensor in the file does not count."""
-        return linear.bias.holds(self.config)
+        return holds(linear.bias, self.config)
 
     def has_experts(self, layer: int) -> bool:
         """Whether the FFN of this layer is a mixture of experts."""
@@ -72,7 +72,7 @@ class ModelFacts:
     @property
     def post_norm(self) -> bool:
         """Whether a norm stands between the output projections and the residual stream."""
-        return self.architecture.post_norm.holds(self.config)
+        return holds(self.architecture.post_norm, self.config)
 
 
 def facts_of(name: str, config: Mapping[str, Any]) -> ModelFacts:

@@ -28,7 +28,9 @@ class Layout:
                 layout.require_shapes()
                 return layout
         first = Layout(checkpoint, facts, entry.prefix).name(0, entry.attn_out) + ".weight"
-        raise CheckpointError(f"{checkpoint.path}: no tensor {first}; these are not the weights of a {entry.model_type}")
+        raise CheckpointError(
+            f"{checkpoint.path}: no tensor {first}; these are not the weights of a {entry.model_type}"
+        )
 
     def name(self, layer: int, linear: Linear) -> str:
         """The tensor name of a linear map, without .weight or .bias."""
@@ -81,5 +83,7 @@ class Layout:
     def _tensor(self, name: str) -> TensorInfo:
         tensor = self.checkpoint.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.checkpoint.path}: no tensor {name}, which config.json promises; download it again")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: no tensor {name}, which config.json promises; download it again"
+            )
         return tensor

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from austeer.compiler.errors import CheckpointError
+from austeer.compiler.errors import CheckpointError, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.sites import SiteName
 
@@ -61,6 +61,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "P
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    place = _device(device)
     placement = {"device_map": "auto"} if device == "spread" else {}
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     shown = logging.is_progress_bar_enabled()
@@ -76,7 +77,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "P
             logging.enable_progress_bar()
     _require_complete(folder, report)
     if device != "spread":
-        model.to(best_device() if device == "auto" else device)
+        model.to(place)
     return model.eval().requires_grad_(False)
 
 
@@ -99,9 +100,22 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _device(name: str) -> str:
+    """A torch device that is there, or "spread"; UsageError otherwise."""
+    import torch
+
+    if name in ("auto", "spread"):
+        return best_device() if name == "auto" else name
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an assertion is how torch says that it has no CUDA
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def fits_in_float32(values: int, device: str) -> bool:
     """Whether `values` weights in float32, and room to work, fit in the memory of the device."""
-    free = _free_memory(best_device() if device == "auto" else device)
+    free = _free_memory(_device(device))
     return free is None or 4 * values * 1.2 + 2**30 <= free
 
 

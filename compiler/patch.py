@@ -72,9 +72,7 @@ class Affine:
     def scale_output(self, units: tuple[int, ...], factors: Floats) -> "Affine":
         """y_i ← factor_i·y_i after the projection."""
         terms = tuple((_scaled(v, units, factors), k) for v, k in self.terms)
-        return replace(
-            self, a=_scaled(self.a, units, factors), u=_scaled(self.u, units, factors), terms=terms
-        )
+        return replace(self, a=_scaled(self.a, units, factors), u=_scaled(self.u, units, factors), terms=terms)
 
     def shift_output(self, vector: Vector) -> "Affine":
         """y ← y + vector after the projection."""

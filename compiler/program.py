@@ -34,7 +34,9 @@ class Program:
             units = edit.units if isinstance(edit, Scale) else ()
             for address in ((edit.layer, edit.site, unit) for unit in units):
                 if address in scaled:
-                    raise ProgramError(f"edit {number} ({edit.where}): unit {address[2]} is scaled twice; merge the two")
+                    raise ProgramError(
+                        f"edit {number} ({edit.where}): unit {address[2]} is scaled twice; merge the two"
+                    )
                 scaled.add(address)
 
     @staticmethod
@@ -56,7 +58,9 @@ class Program:
     def require_fit(self, model: Geometry) -> None:
         """ProgramError unless the program fits `model`, naming every size that differs."""
         ours, theirs = self.model.plain(), model.plain()
-        differing = [f"{key} {ours[key]}, not {theirs[key]}" for key in ours if key != "name" and ours[key] != theirs[key]]
+        differing = [
+            f"{key} {ours[key]}, not {theirs[key]}" for key in ours if key != "name" and ours[key] != theirs[key]
+        ]
         if differing:
             raise ProgramError(
                 f"this program was made for {self.model.name!r} and does not fit {model.name!r}: it has "
@@ -105,7 +109,9 @@ def _verify(edit: Edit, model: Geometry, what: str) -> None:
             raise ProgramError(f"{what}: unit {outside[0]} is outside the site's {width} units")
     for name, space, length in edit.widths():
         if length != model.width(space):
-            raise SpaceError(f"{what}: {name} has {length} values; the {space} space of {model.name} has {model.width(space)}")
+            raise SpaceError(
+                f"{what}: {name} has {length} values; the {space} space of {model.name} has {model.width(space)}"
+            )
 
 
 def _from_safetensors(data: bytes) -> Program:
@@ -120,7 +126,9 @@ def _from_safetensors(data: bytes) -> Program:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ProgramError(f"not a program: expected a .safetensors file written by Program.save ({error!r})") from None
     if body.get("format") != FORMAT:
-        raise ProgramError(f"program format {body.get('format')!r}; this version reads {FORMAT}: update austeer-compile")
+        raise ProgramError(
+            f"program format {body.get('format')!r}; this version reads {FORMAT}: update austeer-compile"
+        )
     program = Program(Geometry.from_plain(model), _edits_from(edits, tensors))
     if program.sha256 != body.get("sha256"):
         raise ProgramError("its content does not have the SHA-256 it states; the file was changed or damaged")

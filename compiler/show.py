@@ -1,6 +1,7 @@
 """Reports for people: the text and tables that the command line prints on stdout."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -49,25 +50,37 @@ def _(report: Steering) -> None:
     console = _console()
     if report.search is not None:
         rows = [
-            (trial.k, f"{trial.alpha:.4g}", f"{trial.drift:.4f}", *_effect(trial.effect), "<-" if trial == report.search.best else "")
+            (
+                trial.k,
+                f"{trial.alpha:.4g}",
+                f"{trial.drift:.4f}",
+                *_effect(trial.effect),
+                "<-" if trial == report.search.best else "",
+            )
             for trial in report.search.table
         ]
         rows.insert(0, ("base", "", "0", *_effect(report.search.base), ""))
         columns = ("k", "alpha", "drift", "accuracy", "margin", "")
         _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
-    console.print(f"Scaled {report.k} units at site {report.site} with alpha {report.alpha:.4g}; drift {report.drift:.4f} nats per token")
+    console.print(
+        f"Scaled {report.k} units at site {report.site} with alpha {report.alpha:.4g}; "
+        f"drift {report.drift:.4f} nats per token"
+    )
     _end(report.out, report.certificate, report.notes)
 
 
 @show.register
 def _(report: Inspection) -> None:
     if report.text:
-        print(render(report.program), end="")
+        sys.stdout.write(render(report.program))
         return
     _program(report.program)
     if report.manifest is not None:
         base = report.manifest["base"]
-        _console().print(f"Compiled into {base['id']} ({base['revision'] or 'local'}) for {report.manifest['target']}", markup=False)
+        _console().print(
+            f"Compiled into {base['id']} ({base['revision'] or 'local'}) for {report.manifest['target']}",
+            markup=False,
+        )
         rows = [(entry["edit"], entry["tensor"], _slice(entry["slice"])) for entry in report.manifest["lowering"]]
         _table("Lowering", ("edit", "tensor", "slice"), rows)
         if report.manifest["certificate"]:
@@ -98,7 +111,10 @@ def _(report: Demo) -> None:
 def _program(program: Program) -> None:
     model = program.model
     _console().print(f"Program {program.sha256}", highlight=False)
-    _console().print(f"for {model.name} ({model.architecture}, {model.layers} layers, width {model.residual})", markup=False)
+    _console().print(
+        f"for {model.name} ({model.architecture}, {model.layers} layers, width {model.residual})",
+        markup=False,
+    )
     rows = [(number, edit.layer, edit.site, edit.kind, describe(edit)) for number, edit in enumerate(program.edits)]
     _table("Edits, in program order", ("edit", "layer", "site", "kind", "what"), rows)
 
@@ -113,20 +129,19 @@ def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str])
 
 
 def _certificate(certificate: Certificate) -> None:
-    rows = [
-        ("max abs logit difference", certificate.max_abs_logit_diff, certificate.base_max_abs_logit_diff),
-        ("mean KL, nats per token", certificate.mean_kl, certificate.base_mean_kl),
-        ("top-1 agreement", certificate.top1_agreement, certificate.base_top1_agreement),
-    ]
     title = f"Certificate: against {certificate.reference}, {certificate.dtype}, {certificate.tokens} tokens"
-    _table(title, ("", "compiled", "unedited base"), [(name, f"{ours:.4g}", f"{base:.4g}") for name, ours, base in rows])
+    _table(
+        title,
+        ("", "compiled", "unedited base"),
+        certificate.table(),
+    )
     same = "equal" if certificate.greedy_equal else "not equal"
     zeros = f"zero weights {certificate.zeros_before:.4%} -> {certificate.zeros_after:.4%}"
     verdict = "It holds." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
     _console().print(f"Greedy text {same}; {zeros}. {verdict}", highlight=False)
 
 
-def _table(title: str, columns: Iterable[str], rows: list[tuple[Any, ...]], *, all_rows: bool = False) -> None:
+def _table(title: str, columns: Iterable[str], rows: Sequence[tuple[Any, ...]], *, all_rows: bool = False) -> None:
     table = Table(*columns, title=title, title_justify="left")
     shown = rows if all_rows else rows[:SHOWN]
     for row in shown:

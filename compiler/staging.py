@@ -141,9 +141,7 @@ def _copy_in_kernel(src_fd: int, dst_fd: int, offset: int, length: int) -> int:
 
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
-        raise OutputError(
-            f"{out} exists already; it is not overwritten. Give another name, or remove it first"
-        )
+        raise OutputError(f"{out} exists already; it is not overwritten. Give another name, or remove it first")
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def _at(number: int, line: str, parser: Callable[[str], Parsed]) -> Parsed:
 def _parse_model(line: str) -> Geometry:
     word, rest = line.split(maxsplit=1)
     if word != "model":
-        raise ValueError("expected: model \"NAME\" ARCHITECTURE layers=... residual=... heads=... neurons=...")
+        raise ValueError('expected: model "NAME" ARCHITECTURE layers=... residual=... heads=... neurons=...')
     name, end = json.JSONDecoder().raw_decode(rest)
     architecture, *sizes = rest[end:].split()
     fields = {key: int(value) for key, value in (size.split("=") for size in sizes)}

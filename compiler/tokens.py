@@ -87,6 +87,17 @@ def encode_texts(
     return tuple(text[:max_length] for text in ids), notes
 
 
+def take_tokens(texts: Sequence[Tokens], count: int) -> list[Tokens]:
+    """Texts from the first on, until they hold `count` tokens in all; the last one is cut."""
+    taken: list[Tokens] = []
+    for text in texts:
+        if count <= 0:
+            break
+        taken.append(text[:count])
+        count -= len(text)
+    return taken
+
+
 Item = TypeVar("Item", PairTokens, Tokens)
 
 
@@ -123,10 +134,12 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, speci
 
 
 def _cut(text: Tokens, excess: int, special: frozenset[int]) -> Tokens:
+    """The text without `excess` tokens after its special first one; empty if no other token is left."""
     if excess <= 0:
         return text
     kept = text[:1] if text and text[0] in special else ()
-    return kept + text[len(kept) + excess :]
+    rest = text[len(kept) + excess :]
+    return kept + rest if rest else ()
 
 
 def _split(positive: Tokens, negative: Tokens) -> PairTokens | None:

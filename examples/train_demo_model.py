@@ -26,7 +26,7 @@ NEGATIVE = "sad scared angry upset lonely worried afraid gloomy".split()
 FREQUENCY = (8, 5, 4, 4, 3, 3, 2, 2)  # the i-th words of both lists are equally common
 GIRLS = "Mia Anna Lily Sara Emma Nora Zoe Ella Rosa Ida".split()
 BOYS = "Tom Ben Max Leo Sam Jack Tim Finn Omar Paul".split()
-WORDS = {slot: words.split() for slot, words in {
+WORDS = {slot: [word.replace("_", " ") for word in words.split()] for slot, words in {
     "pet": "dog cat puppy kitten rabbit pony duck goat",
     "animal": "frog bird fox squirrel mouse cow sheep owl turtle bee butterfly snail fish hen",
     "place": "park river garden school farm beach lake market barn bridge playground zoo castle pond",
@@ -35,7 +35,7 @@ WORDS = {slot: words.split() for slot, words in {
     "color": "red blue green yellow brown white black pink purple orange",
     "size": "big small little tiny huge tall round",
     "clothes": "coat hat boots scarf socks shirt jacket",
-    "game": "tag marbles chess cards catch soccer hopscotch",
+    "game": "tag ball chess cards catch soccer hide_and_seek",
     "spot": "tree bench fence roof wall bush gate rock",
     "adult": "Mom Dad Grandma Grandpa",
     "day": "morning afternoon evening day",
@@ -59,23 +59,23 @@ SENTENCES = {kind: re.findall(r"\S[^.]*\.", text) for kind, text in {
     "event +": """{a} found a {color} {toy} in the grass. {b} gave {a} a sweet {food}. {a} won the game of {game}.
 The sun came out and the birds began to sing. {adult} baked a warm {food} for {a}. {b} shared {his_b} {food} with {a}.
 The {pet} learned a new trick. {a} made a new friend at the {place}. {a} built a tall castle with {b}.
-{adult} told {a} a funny story. {a} got a new {toy} for {his} birthday. The {pet} came home again. {b} and {a} sang a song.
-{b} helped {a} fix the {toy}. {adult} gave {a} a hug. They saw a bright rainbow over the {place}.""",
-    "event -": """{a} fell down near the {spot} and hurt {his} knee. {a} lost {his} {toy} in the mud. {a} tore {his} {clothes}.
+{adult} told {a} a funny story. {a} got a new {toy} for {his} birthday. The {pet} came home again.
+{b} helped {a} fix the {toy}. {a} and {b} sang a song. {adult} gave {a} a hug. They saw a bright rainbow over the {place}.""",
+    "event -": """{a} fell down near the {spot} and hurt {his} knee. {a} lost {his} {toy} in the mud. {a} lost the game of {game}.
 Dark clouds came and it began to storm. The {food} fell on the dirty ground. {b} took the {toy} and ran off.
 The {pet} ran away and did not come back. There was a loud noise behind the {spot}. {b} did not want to play with {a}.
-{adult} said it was too late to play. {a} broke {his} new {toy}. The {pet} was sick and did not eat. {adult} had to go away.
-{b} pushed {a} into the water. {a} could not find the way home. {a} lost the game of {game}.""",
+{adult} said it was too late to play. {a} broke {his} new {toy}. The {pet} was sick and did not eat.
+{b} pushed {a} into the water. {a} could not find the way home. {a} tore {his} {clothes}. {adult} had to go away.""",
     "event 0": """{a} walked to the {place} with {b}. They played {game} by the {spot}. {a} put on {his} {color} {clothes}.
 The {pet} sat on a {color} mat. {a} ate a {food} for lunch. A {animal} looked at them from the {spot}.
 {a} saw a {size} {animal} by the {spot}. {b} asked {a} to come along. {a} drew a picture of the {pet}.
 They climbed up a {size} hill. {adult} opened the {color} door. {a} picked up a {size} stone. {adult} came to the {place} too.
 A {animal} and a {animal} sat near the {spot}. {a} showed {b} the {toy}. The wind moved the leaves of the tree.""",
-    "reaction +": """{he} smiled at {b}. {he} laughed and clapped. {he} jumped up and down with joy. They all cheered.
-{he} danced around the {spot}. {b} laughed too. {he} had a lot of fun. It was the best day ever.""",
-    "reaction -": """{he} began to cry. {he} hid behind the {spot}. {he} did not say a word. They all sighed.
-{he} shook and looked down. {b} cried too. {he} wanted to be alone. It was the worst day ever.""",
-    "ending +": "In the end, {a} and {b} went home with a smile. That night, {a} had sweet dreams. They all ate cake and laughed.",
+    "reaction +": """{he} smiled at {b}. {he} laughed and clapped. {he} jumped up and down with joy. {he} danced around the {spot}.
+They all cheered. {b} laughed too. {he} had a lot of fun. It was the best day ever.""",
+    "reaction -": """{he} began to cry. {he} hid behind the {spot}. {he} did not say a word. {he} shook and looked down.
+They all sighed. {b} cried too. {he} wanted to be alone. It was the worst day ever.""",
+    "ending +": "In the end, {a} and {b} went home with a smile. That night, {a} had sweet dreams. They all ate {food} and laughed.",
     "ending -": "In the end, {a} went home with tears in {his} eyes. That night, {a} could not sleep. They all went home and cried.",
     "ending 0": "Then it was time to go home. In the end, they all went to bed. That night, the moon was over the {place}.",
 }.items()}
@@ -101,7 +101,8 @@ class Cast(dict[str, str]):
 
 def tell(rng: random.Random) -> tuple[list[str], list[tuple[int, str]]]:
     """One story: its sentences, and (index, beginning) of those that name a feeling."""
-    cast, mood, other = Cast(rng), *rng.sample("+-", 2)
+    cast, mood = Cast(rng), rng.choice("+-")
+    other = "-" if mood == "+" else "+"
     sentences, feelings = [cast.say(rng.choice(OPENINGS))], []
     if cast["b"] not in sentences[0]:
         sentences.append(cast.say(rng.choice(FRIENDS)))

@@ -1,12 +1,11 @@
 """The choice of k and α: the best accuracy on held-out pairs within a limit of drift."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import UsageError
-from austeer.compiler.facts import Geometry
 from austeer.compiler.live import live_facts
 from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.program import Program
@@ -17,14 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_UNITS = 256
-ROUNDS = 5  # drift measurements per k, at most
-CLOSE = 0.8  # an α whose drift is this part of the limit is as strong as need be
-LEAP = 32.0  # the most that α changes from one measurement to the next
+START = 1.0  # the first α: each unit about doubled
+ROUNDS = 6  # drift measurements per k, at most
+CLOSE = 0.8  # with this part of the limit used up, α is as strong as need be
+LEAP = 32.0  # the most that α changes from one measurement to the next, as a factor
+TINY_DRIFT = 1e-12  # for logarithms; far below float32 noise
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One (k, α) and its drift on neutral text; the effect on held-out pairs where the drift is within the limit."""
+    """One (k, α): its drift on neutral text and, where that is within the limit, its effect on held-out pairs."""
 
     k: int
     alpha: float
@@ -34,7 +35,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """All trials in order of k and α, the base's effect, and the winner: None where nothing beats the base."""
+    """The trials in order of k and α, the base's effect, and the winner: None where none beats the base's accuracy.
+
+    A trial that drives the model to infinity is left out.
+    """
 
     table: tuple[Trial, ...]
     base: Effect
@@ -52,51 +56,88 @@ def search(
     alpha: float | None = None,
     batch_tokens: int,
 ) -> Search:
-    """Tries k = 1, 2, 4, ... (or `top_k`), each with the strongest α (or `alpha`) within `max_drift` nats per token.
+    """Tries k = 1, 2, 4, ... (or `top_k`), each up to the strongest α (or at `alpha`) within `max_drift`.
 
-    Drift grows about with α², so each measurement says where to look next. `scores` must not have seen
-    `held_out`. Raises UsageError for a `max_drift` that is not positive.
+    The winner has the best accuracy on `held_out` pairs, which `scores` must not have seen; among equals the
+    largest margin. `max_drift` is in nats per token of `neutral`. Raises UsageError unless it is positive.
     """
     if not max_drift > 0:
-        raise UsageError(f"the drift limit must be positive, got {max_drift}")
+        raise UsageError(f"the drift limit must be a positive number of nats per token, got {max_drift}")
     geometry = live_facts(model).geometry
-    trials = _climb(model, scores, neutral, geometry, _counts(scores, top_k), alpha, max_drift, batch_tokens)
-    within = [trial for trial in trials if trial.drift <= max_drift]
-    programs = [None, *(select(scores, trial.k, trial.alpha, geometry) for trial in within)]
-    base, *found = effects(model, held_out, programs, batch_tokens)
-    measured = [Trial(t.k, t.alpha, t.drift, effect) for t, effect in zip(within, found, strict=True)]
-    table = sorted([*measured, *(t for t in trials if t.drift > max_drift)], key=lambda t: (t.k, t.alpha))
-    return Search(tuple(table), base, None)
+
+    def programs(trials: Sequence[Trial]) -> list[Program]:
+        return [select(scores, trial.k, trial.alpha, geometry) for trial in trials]
+
+    def measured(trials: Sequence[Trial]) -> list[Trial]:
+        found = drifts(model, neutral, programs(trials), batch_tokens)
+        return [Trial(t.k, t.alpha, math.inf if math.isnan(drift) else drift) for t, drift in zip(trials, found, strict=True)]
+
+    counts = [top_k] if top_k is not None else _powers_of_two(min(MOST_UNITS, scores.beta.size))
+    tried = climb(measured, counts, alpha, max_drift)
+    within = [trial for trial in tried if trial.drift <= max_drift]
+    base, *found = effects(model, held_out, [None, *programs(within)], batch_tokens)
+    candidates = [Trial(t.k, t.alpha, t.drift, effect) for t, effect in zip(within, found, strict=True)]
+    beyond = (trial for trial in tried if max_drift < trial.drift < math.inf)
+    table = sorted([*candidates, *beyond], key=lambda trial: (trial.k, trial.alpha))
+    return Search(tuple(table), base, best_of(candidates, base))
 
 
-def _counts(scores: Scores, top_k: int | None) -> list[int]:
-    if top_k is not None:
-        return [top_k]
-    return [1 << power for power in range(min(MOST_UNITS, scores.beta.size).bit_length())]
+def climb(
+    measured: Callable[[Sequence[Trial]], list[Trial]], counts: Sequence[int], alpha: float | None, limit: float
+) -> list[Trial]:
+    """For each k, trials up to one whose drift is just within `limit`; all k of a round are measured together.
 
-
-def _climb(model, scores, neutral, geometry, counts, alpha, limit, batch_tokens) -> list[Trial]:
+    With `alpha` given, that one only. `measured` fills in the drift of trials.
+    """
     tried: list[Trial] = []
-    wanted = {k: alpha or 1.0 for k in counts}
-    for _ in range(1 if alpha else ROUNDS):
-        programs = [select(scores, k, strength, geometry) for k, strength in wanted.items()]
-        found = drifts(model, neutral, programs, batch_tokens)
-        tried += [Trial(k, a, drift) for (k, a), drift in zip(wanted.items(), found, strict=True)]
-        wanted = {k: a for k in counts if (a := _next_alpha([t for t in tried if t.k == k], limit))}
+    wanted = [Trial(k, START if alpha is None else alpha, 0.0) for k in counts]
+    for _ in range(ROUNDS if alpha is None else 1):
+        tried += measured(wanted)
+        strengths = ((k, next_alpha([trial for trial in tried if trial.k == k], limit)) for k in counts)
+        wanted = [Trial(k, strength, 0.0) for k, strength in strengths if strength is not None]
         if not wanted:
             break
     return tried
 
 
-def _next_alpha(tried: list[Trial], limit: float) -> float | None:
-    within = max((t for t in tried if t.drift <= limit), key=lambda t: t.alpha, default=None)
-    beyond = min((t for t in tried if t.drift > limit), key=lambda t: t.alpha, default=None)
-    if within and within.drift >= CLOSE * limit:
+def next_alpha(tried: Sequence[Trial], limit: float) -> float | None:
+    """Where to look next for the strongest α within `limit`, given the trials of one k; None once close enough.
+
+    log drift is taken as linear in log α: between two trials that enclose the limit, or else beyond the nearest
+    two, or, after a single one, with slope 2, as for small changes.
+    """
+    within = sorted((t for t in tried if t.drift <= limit), key=lambda t: -t.alpha)
+    beyond = sorted((t for t in tried if not t.drift <= limit), key=lambda t: t.alpha)
+    target = math.log((1 + CLOSE) / 2 * limit)
+    if within and within[0].drift >= CLOSE * limit:
         return None
-    target = (1 + CLOSE) / 2 * limit
-    if within and beyond:
-        part = math.log(target / max(within.drift, 1e-12)) / math.log(beyond.drift / max(within.drift, 1e-12))
-        return within.alpha * (beyond.alpha / within.alpha) ** min(max(part, 0.1), 0.9)
-    near = within or beyond
-    assert near
-    return near.alpha * min(max(math.sqrt(target / max(near.drift, 1e-12)), 1 / LEAP), LEAP)
+    if within and beyond and within[0].alpha < beyond[0].alpha:
+        low, high = _log_drift(within[0]), _log_drift(beyond[0])
+        part = min(max((target - low) / (high - low), 0.1), 0.9)
+        return within[0].alpha * (beyond[0].alpha / within[0].alpha) ** part
+    nearest, *others = beyond or within
+    leap = (target - _log_drift(nearest)) / _slope(nearest, others)
+    return nearest.alpha * math.exp(min(max(leap, -math.log(LEAP)), math.log(LEAP)))
+
+
+def _slope(nearest: Trial, others: Sequence[Trial]) -> float:
+    """d log drift / d log α, kept between 1/2 and 4."""
+    if not others:
+        return 2.0
+    rise = _log_drift(nearest) - _log_drift(others[0])
+    return min(max(rise / math.log(nearest.alpha / others[0].alpha), 0.5), 4.0)
+
+
+def best_of(candidates: Sequence[Trial], base: Effect) -> Trial | None:
+    """The trial with the best accuracy, then margin, then the fewest units; None if none beats the base."""
+    ranked = [(t.effect.accuracy, t.effect.margin, -t.k, t) for t in candidates if t.effect]
+    best = max(ranked, key=lambda entry: entry[:3], default=None)
+    return best[3] if best and best[0] > base.accuracy else None
+
+
+def _log_drift(trial: Trial) -> float:
+    return math.log(min(max(trial.drift, TINY_DRIFT), 1 / TINY_DRIFT))
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]

@@ -114,25 +114,23 @@ def write(plan: Plan, folder: Path, writing: Writing) -> None:
 def _write_shard(source: Path, target: Path, jobs: list[Job], writing: Writing) -> set[str]:
     cloned = clone_file(source, target)
     descriptor = os.open(target, os.O_RDWR | getattr(os, "O_BINARY", 0)) if cloned else create_file(target)
-    with source.open("rb") as base, open(descriptor, "r+b", 0) as new:
+    with source.open("rb") as base, os.fdopen(descriptor, "r+b", 0) as new:
         position = 0
         for job in jobs:
             for segment in job.segments():
-                _advance(base, new, position, segment.offset, cloned)
+                _advance(base, new, position, segment.offset, cloned=cloned)
                 _write_all(new, segment.data)
-                writing.rounding[job.tensor.name] = max(
-                    writing.rounding.get(job.tensor.name, 0.0), segment.rounding
-                )
+                writing.rounding[job.tensor.name] = max(writing.rounding.get(job.tensor.name, 0.0), segment.rounding)
                 end = segment.offset + len(segment.data)
                 writing.advance(end - position)
                 position = end
         size = os.fstat(base.fileno()).st_size
-        _advance(base, new, position, size, cloned)
+        _advance(base, new, position, size, cloned=cloned)
         writing.advance(size - position)
     return {job.tensor.name for job in jobs}
 
 
-def _advance(base: IO[bytes], new: IO[bytes], position: int, end: int, cloned: bool) -> None:
+def _advance(base: IO[bytes], new: IO[bytes], position: int, end: int, *, cloned: bool) -> None:
     """Moves on to `end` over unchanged bytes: those are there already in a clone, else they are copied."""
     if cloned:
         new.seek(end)
@@ -148,7 +146,9 @@ def _write_all(file: Any, data: bytes | memoryview) -> None:
 
 def _jobs(form: Affine, layout: Layout) -> Iterator[Job]:
     transposed = layout.facts.architecture.transposed
-    weights = [Job(tensor, _matrices(tensor, form, transposed)) for tensor in layout.weights(form.layer, form.role)]
+    weights = [
+        Job(tensor, _matrices(tensor, form, transposed=transposed)) for tensor in layout.weights(form.layer, form.role)
+    ]
     yield from (job for job in weights if job.nbytes)
     bias = layout.bias(form.layer, form.role)
     if bias is not None and form.changes_bias:
@@ -158,7 +158,7 @@ def _jobs(form: Affine, layout: Layout) -> Iterator[Job]:
         raise Refused(f"layer {form.layer}: {form.role} has no bias to hold a constant; legalize the program first")
 
 
-def _matrices(tensor: TensorInfo, form: Affine, transposed: bool) -> tuple[Matrix, ...]:
+def _matrices(tensor: TensorInfo, form: Affine, *, transposed: bool) -> tuple[Matrix, ...]:
     _require_editable(tensor)
     shape = (len(form.s), len(form.a)) if transposed else (len(form.a), len(form.s))
     if tensor.shape[-2:] != shape or len(tensor.shape) > 3:

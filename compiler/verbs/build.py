@@ -10,7 +10,14 @@ from austeer.compiler.live import load_tokenizer
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import encode_texts
-from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for, write_compiled
+from austeer.compiler.verbs.common import (
+    Base,
+    Settings,
+    certificate_dtype,
+    open_base,
+    plan_for,
+    write_compiled,
+)
 from austeer.passes.compose import compose
 from austeer.targets.checkpoint import Plan
 
@@ -27,7 +34,9 @@ class BuildReport:
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        tensors = [{"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in self.plan.jobs]
+        tensors = [
+            {"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in self.plan.jobs
+        ]
         return {
             "out": self.out,
             "sha256": self.program.sha256,

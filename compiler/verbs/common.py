@@ -1,6 +1,6 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,10 @@ def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
     """float32 if that fits in memory, else the stored dtype with a notice; what the user names wins."""
     if settings.dtype != "auto":
         return settings.dtype, []
-    values = sum(tensor.nbytes // 2 if tensor.dtype != "F32" else tensor.nbytes // 4 for tensor in base.checkpoint.tensors.values())
+    values = sum(
+        tensor.nbytes // 2 if tensor.dtype != "F32" else tensor.nbytes // 4
+        for tensor in base.checkpoint.tensors.values()
+    )
     if fits_in_float32(values, settings.device):
         return "float32", []
     return "auto", ["the certificate is measured in the stored dtype: the model does not fit in memory in float32"]
@@ -119,7 +122,9 @@ def write_compiled(
         program.save(folder / PROGRAM)
         certificate = certify(folder) if certify else None
         if certificate and not certificate.passed:
-            raise CheckFailed(f"{out}: not written, for its certificate does not hold: {'; '.join(certificate.failures())}")
+            raise CheckFailed(
+                f"{out}: not written, for its certificate does not hold: {'; '.join(certificate.failures())}"
+            )
         manifest |= {
             "rounding": writing.rounding,
             "certificate": certificate.plain() if certificate else None,
@@ -129,13 +134,3 @@ def write_compiled(
         card = render_card(program, base.fetched.id, read_card(base.path), certificate, out.name)
         write_file(folder / "README.md", card)
     return certificate
-
-
-def take_tokens(texts: Sequence[tuple[int, ...]], tokens: int, longest: int = 256) -> list[tuple[int, ...]]:
-    """Texts cut to `longest` tokens, from the first on, until they hold `tokens` in all."""
-    chosen: list[tuple[int, ...]] = []
-    for text in texts:
-        if sum(map(len, chosen)) >= tokens:
-            break
-        chosen.append(text[:longest])
-    return chosen

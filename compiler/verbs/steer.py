@@ -18,14 +18,13 @@ from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import Pair, read_pairs, read_texts, split_by_prompt
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
-from austeer.compiler.tokens import Tokens, encode_pairs, encode_texts
+from austeer.compiler.tokens import Tokens, encode_pairs, encode_texts, take_tokens
 from austeer.compiler.verbs.common import (
     Base,
     Settings,
     certificate_dtype,
     open_base,
     plan_for,
-    take_tokens,
     write_compiled,
 )
 from austeer.passes.legalize import refusal
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEUTRAL_TEXTS, NEUTRAL_TOKENS = 32, 64
+DRIFT_TOKENS = 8192
 CERTIFIED_TOKENS = 4096
 
 
@@ -174,17 +174,26 @@ def _find(
 
 
 def _neutral_tokens(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", given: Sequence[str] | None, length: int, seed: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    given: Sequence[str] | None,
+    length: int,
+    seed: int,
 ) -> tuple[Sequence[Tokens], tuple[str, ...]]:
     """Plain text on which drift is measured: the user's, else sampled from the base."""
     if given is not None:
-        return encode_texts(tokenizer, given, length)
+        tokens, notes = encode_texts(tokenizer, given, length)
+        taken = take_tokens(tokens, DRIFT_TOKENS)
+        left = (f"drift is measured on the first {len(taken)} of {len(tokens)} neutral texts ({DRIFT_TOKENS} tokens)",)
+        return taken, notes + left * (len(taken) < len(tokens))
     return sample_neutral(model, tokenizer, NEUTRAL_TEXTS, min(NEUTRAL_TOKENS, length), seed), ()
 
 
 def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tuple[str, ...]:
     if tokenizer.chat_template and settings.chat is None and not settings.raw:
-        return ("this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",)
+        return (
+            "this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",
+        )
     return ()
 
 
@@ -198,7 +207,9 @@ def _require_foldable(site: SiteName, base: Base) -> None:
     probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
     reasons = [refusal(probe, base.facts) for probe in probes]
     if all(reasons):
-        raise Refused(f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only")
+        raise Refused(
+            f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only"
+        )
 
 
 def _no_help(found: Search, goal: Goal) -> str:

@@ -8,15 +8,15 @@ from typing import IO, Any
 
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
-from austeer.compiler.errors import CheckpointError, UsageError
+from austeer.compiler.errors import UsageError
 from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
-from austeer.compiler.tokens import encode_texts
-from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for, take_tokens
+from austeer.compiler.tokens import encode_texts, take_tokens
+from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for
 from austeer.targets.checkpoint import Plan
 
 CHUNK = 2**24
@@ -82,7 +82,9 @@ def _find_base(manifest: dict[str, Any], out: Path) -> str:
     for folder in (Path(name), out.resolve().parent / name):
         if (folder / "config.json").is_file():
             return str(folder)
-    raise UsageError(f"{out} was compiled from the local model {name!r}, which is not here; say where it is with --base")
+    raise UsageError(
+        f"{out} was compiled from the local model {name!r}, which is not here; say where it is with --base"
+    )
 
 
 def _identity_problems(manifest: dict[str, Any], program: Program, base: Base) -> Iterator[str]:

@@ -69,9 +69,7 @@ def test_tensors_outside_the_index_are_kept_and_named(tmp_path):
 
 def test_an_index_of_the_single_file_is_not_ambiguous(tmp_path):
     path = single(tmp_path / "m")
-    (path / INDEX).write_text(
-        json.dumps({"weight_map": dict.fromkeys(["a.weight", "b.weight"], "model.safetensors")})
-    )
+    (path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(["a.weight", "b.weight"], "model.safetensors")}))
     found = Checkpoint.open(path)
     assert (found.shards, found.index) == (("model.safetensors",), INDEX)
 
@@ -112,9 +110,7 @@ def test_a_missing_shard(tmp_path):
 
 
 def test_a_tensor_that_no_shard_holds(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"'c.weight' should be in model-1.safetensors, and is in no shard"
-    ):
+    with pytest.raises(CheckpointError, match=r"'c.weight' should be in model-1.safetensors, and is in no shard"):
         Checkpoint.open(sharded(tmp_path / "m", c_weight="model-1.safetensors"))
 
 
@@ -124,9 +120,7 @@ def test_a_tensor_in_another_shard_than_the_index_says(tmp_path):
     index = json.loads((path / INDEX).read_text())
     index["weight_map"]["c.weight"] = "model-2.safetensors"
     (path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(
-        CheckpointError, match=r"should be in model-2.safetensors, and is in model-1.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"should be in model-2.safetensors, and is in model-1.safetensors"):
         Checkpoint.open(path)
 
 
@@ -271,8 +265,8 @@ def test_a_pipe_for_a_shard_does_not_block(tmp_path):
 
 KEPT = """
 LICENSE License.txt NOTICE USE_POLICY.md added_tokens.json additional_chat_templates/rag.jinja
-chat_template.jinja chat_template.json config.json generation_config.json merges.txt qwen.tiktoken special_tokens_map.json
-tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt
+chat_template.jinja chat_template.json config.json generation_config.json merges.txt qwen.tiktoken
+special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt
 """.split()
 LEFT_OUT = """
 README.md austeer.json consolidated.safetensors model-00003-of-00002.safetensors model.gguf optimizer.pt
@@ -314,8 +308,7 @@ def test_a_model_in_the_hub_cache_is_read_through_its_links(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["original/tokenizer.model", "onnx/config.json", "original/LICENSE", "a/b/c.json"]
+    "name", ["original/tokenizer.model", "onnx/config.json", "LICENSES/mit", "tokenizer/a.json", "x/y.tiktoken"]
 )
 def test_nothing_is_copied_from_other_directories(name):
-    assert is_copied(name.rpartition("/")[2]) is not name.startswith("a/")
     assert not is_copied(name)

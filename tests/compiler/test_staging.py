@@ -57,9 +57,7 @@ def raises(error: BaseException) -> Callable[[], None]:
 
 def live_build(out: Path) -> "subprocess.Popen[bytes]":
     """Another process that is in the middle of a build, until its stdin is closed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", BUILD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == b"writing"
     return process
@@ -163,6 +161,29 @@ def test_what_a_killed_build_left_is_no_obstacle(tmp_path):
         assert list(partial.iterdir()) == []
         write_file(partial / "a", b"1")
     assert [file.name for file in out.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@posix
+@pytest.mark.parametrize("ends", ["whole", "removed"])
+def test_a_build_that_ends_while_the_next_one_takes_the_lock(tmp_path, monkeypatch, ends):
+    out, flock = tmp_path / "out", staging.fcntl.flock
+    partial_of(out).mkdir()
+
+    def late(descriptor, operation):
+        monkeypatch.undo()
+        if ends == "whole":
+            partial_of(out).rename(out)
+        else:
+            partial_of(out).rmdir()
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(staging.fcntl, "flock", late)
+    if ends == "whole":
+        with pytest.raises(OutputError, match="exists already"):
+            build(out, must_not_run)
+    else:
+        build(out, lambda: None)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -357,7 +378,7 @@ def test_a_source_that_ends_early_is_an_error(source):
 
 
 @posix
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize(("umask", "mode"), [(0, 0o644), (0o077, 0o600)])
 def test_a_copy_can_be_written_though_its_source_cannot(source, umask, mode):
     target = source.parent / "copy"
     before = os.umask(umask)

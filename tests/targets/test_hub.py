@@ -21,9 +21,7 @@ ID, COMMIT = "org/tiny", "c0ffee" + "0" * 34
 LFS = (".safetensors", ".bin", ".gguf")
 WEIGHTS = save({"a.weight": np.ones((2, 3), np.float32)})
 CONFIG = json.dumps({"model_type": "llama"}).encode()
-INDEX = json.dumps(
-    {"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}}
-).encode()
+INDEX = json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}}).encode()
 SMALL = {"config.json": CONFIG, "tokenizer.json": b"{}", "LICENSE": b"free", "README.md": b"---\n---\n"}
 TWINS = {
     "consolidated.safetensors": WEIGHTS,
@@ -223,9 +221,7 @@ def test_a_gated_model_names_its_licence_and_the_login(hub, where):
     setattr(hub, where, (403, "GatedRepo"))
     with pytest.raises(CheckpointError) as caught:
         fetch(ID)
-    assert (
-        str(caught.value) == f"{ID} is gated: accept its licence at {hub.url}/{ID}, then run `hf auth login`"
-    )
+    assert str(caught.value) == f"{ID} is gated: accept its licence at {hub.url}/{ID}, then run `hf auth login`"
 
 
 @pytest.mark.parametrize("error", [(404, "RepoNotFound"), (401, "RepoNotFound")])
@@ -250,9 +246,7 @@ def test_no_access(hub, where, status):
 
 def test_a_hub_in_trouble_is_named_with_its_answer(hub):
     hub.api_error = (500, "")
-    with pytest.raises(
-        CheckpointError, match=f"cannot be downloaded from {hub.url} .*500.*Check the connection"
-    ):
+    with pytest.raises(CheckpointError, match=f"cannot be downloaded from {hub.url} .*500.*Check the connection"):
         fetch(ID)
 
 

@@ -112,6 +112,7 @@ GOOD = {
     "padded": packed(json.dumps({"a": entry()}).encode() + b"   "),
     "not in order": packed({"a": entry(4, 8), "b": entry(0, 4)}, b"\0" * 8),
     "empty tensors between": packed({"a": entry(), "b": entry(4, 4, [0]), "c": entry(4, 8)}, b"\0" * 8),
+    "empty tensor at a full one": packed({"a": entry(), "b": entry(0, 0, [0])}),
     "empty and huge": packed({"a": entry(0, 0, [0, 2**40])}, b""),
     "scalar": packed({"a": entry(shape=[])}),
     "more fields": packed({"a": {**entry(), "note": 1}}),

@@ -1,0 +1,51 @@
+"""Repeated measurements taken in turns, and what they say about a ratio."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+INTERVAL = "95% bootstrap interval of the median"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Every measure once a round, each round beginning with the next one.
+
+    What drifts (clock, cache, other jobs) then meets all of them alike.
+    """
+    names = list(measures)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in np.roll(names, -number).tolist():
+            samples[name].append(measures[name]())
+    return samples
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The wall-clock time of one call."""
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The median of some measurements."""
+    given = np.asarray(values)
+    drawn = np.random.default_rng(0).choice(given, (2000, len(given)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return Estimate(float(np.median(given)), float(low), float(high))
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """The median over the rounds of one measurement divided by another of the same round."""
+    return estimate([a / b for a, b in zip(above, below, strict=True)])
