@@ -10,9 +10,10 @@ from time import perf_counter
 
 @dataclass(frozen=True)
 class Usage:
-    """Wall-clock seconds from start to exit, and the peak of the resident set in bytes."""
+    """Seconds by the wall clock from start to exit, seconds of processor time, and the peak resident set in bytes."""
 
     seconds: float
+    processor: float
     peak: int
 
 
@@ -31,4 +32,4 @@ def measured(command: Sequence[str]) -> Usage:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
-    return Usage(spent, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return Usage(spent, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,16 @@ def facts_of(name: str, config: Mapping[str, Any]) -> ModelFacts:
             f"{name}: architecture {config.get('model_type')!r} is not in the table; known are "
             f"{', '.join(ARCHITECTURES)}. To add it, write its entry in compiler/architectures.py"
         )
-    keys = entry.sizes
-    residual, heads, layers = (_size(name, config, key) for key in (keys.residual, keys.heads, keys.layers))
-    head_dim = config.get(keys.head_dim) or keys.head_dim_default or residual // heads
-    kv_heads = config.get(keys.kv_heads) or heads
-    neurons = config.get(keys.neurons) or (keys.neurons_per_residual or 0) * residual
-    neurons = neurons or _size(name, config, keys.neurons)
+    size, keys = partial(_size, name, config), entry.sizes
+    residual, heads, layers = size(keys.residual), size(keys.heads), size(keys.layers)
+    head_dim = size(keys.head_dim, keys.head_dim_default or max(1, residual // heads))
+    kv = size(keys.kv_heads, heads) * head_dim
+    neurons = size(keys.neurons, (keys.neurons_per_residual or 0) * residual)
     geometry = Geometry(name, entry.model_type, layers, residual, heads * head_dim, neurons)
     if entry.experts is None:
-        return ModelFacts(geometry, entry, config, kv_heads * head_dim)
+        return ModelFacts(geometry, entry, config, kv)
     count = next((key for key in entry.experts.counts if key in config), entry.experts.counts[0])
-    experts = (_size(name, config, key) for key in (count, entry.experts.width))
-    return ModelFacts(geometry, entry, config, kv_heads * head_dim, *experts)
+    return ModelFacts(geometry, entry, config, kv, size(count), size(entry.experts.width))
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -102,8 +101,10 @@ def read_facts(folder: Path) -> ModelFacts:
     return facts_of(folder.resolve().name, read_json(folder / CONFIG))
 
 
-def _size(name: str, config: Mapping[str, Any], key: str) -> int:
+def _size(name: str, config: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """The positive whole number under a key; `default`, unless it is 0, where the key is absent or null."""
     value = config.get(key)
+    value = default if value is None else value
     if type(value) is not int or value <= 0:
         raise CheckpointError(f"{name}: config.json must hold a positive whole number under {key!r}; got {value!r}")
     return value

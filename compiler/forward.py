@@ -127,9 +127,7 @@ def _run(
         ).last_hidden_state
 
 
-def _padded(
-    rows: Sequence[Tokens], device: "torch.device", *, left: bool = False
-) -> tuple["Tensor", "Tensor"]:
+def _padded(rows: Sequence[Tokens], device: "torch.device", *, left: bool = False) -> tuple["Tensor", "Tensor"]:
     """(int64 ids, padded with 0; bool, true at real tokens), each [rows, longest]."""
     import torch
 
@@ -149,8 +147,8 @@ def _new_cache() -> "DynamicCache":
 
 def _select_rows(cache: "DynamicCache", rows: "Tensor") -> None:
     """Cache rows, repeated; each layer's lie on its own device."""
-    for layer in cache.layers:
-        assert layer.keys is not None
+    layers: Any = cache.layers
+    for layer in layers:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 

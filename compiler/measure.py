@@ -103,15 +103,22 @@ def _margins(model: "PreTrainedModel", batch: Sequence[PairTokens]) -> "Tensor":
     predictors = torch.cat([first[:, None], states[:, :-1]], dim=1)
     scored = sides.own.to(states.device)
     scored[:, 0] &= torch.tensor([bool(pair.prefix) for pair in batch] * 2, device=states.device)
-    targets = sides.ids.to(states.device)[scored]
-    found = torch.cat([
-        logits(model, predictors[scored][block]).log_softmax(-1).gather(-1, targets[block].unsqueeze(-1))
-        for block in _blocks(model, len(targets))
-    ]).squeeze(-1)
+    found = _log_probabilities(model, predictors[scored], sides.ids.to(states.device)[scored])
     rows = scored.nonzero()[:, 0].to(found.device)
     sums = torch.zeros(len(scored), device=found.device).index_add_(0, rows, found)
     positive, negative = sums.chunk(2)
     return positive - negative
+
+
+def _log_probabilities(model: "PreTrainedModel", predictors: "Tensor", targets: "Tensor") -> "Tensor":
+    """log p of each target token given the final hidden state before it: float32 [positions]."""
+    import torch
+
+    parts: list[Tensor] = []
+    for block in _blocks(model, len(targets)):
+        distribution = logits(model, predictors[block]).log_softmax(-1)
+        parts.append(distribution.gather(-1, targets[block].to(distribution.device)[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 def _blocks(model: "PreTrainedModel", positions: int) -> Iterator[slice]:

@@ -32,9 +32,7 @@ def sample_neutral(
     return tuple(_until(tuple(row), ends) for row in rows)
 
 
-def _next(
-    model: "PreTrainedModel", last: "Tensor", cache: Any, generator: "torch.Generator"
-) -> "Tensor":
+def _next(model: "PreTrainedModel", last: "Tensor", cache: Any, generator: "torch.Generator") -> "Tensor":
     """One more token for every row: int64 [rows, 1] on the CPU."""
     import torch
 

@@ -41,7 +41,9 @@ def read_pairs(path: str | Path) -> tuple[Pair, ...]:
         row = _row(where, line)
         for key in PAIR_KEYS:
             if key not in row:
-                raise PairsError(f"{where}: no {key!r}: a pair needs prompt, positive and negative; it has {_names(row)}")
+                raise PairsError(
+                    f"{where}: no {key!r}: a pair needs prompt, positive and negative; it has {_names(row)}"
+                )
         pairs.append(Pair(*(_string(where, key, row[key]) for key in PAIR_KEYS)))
     if not pairs:
         raise PairsError(f'{path}: holds no pairs; write one {{"prompt", "positive", "negative"}} object a line')
@@ -111,7 +113,7 @@ def _row(where: str, line: str) -> dict[str, Any]:
         raise PairsError(f"{where}: not JSON ({error}); JSON Lines holds one object a line") from None
     if not isinstance(row, dict):
         raise PairsError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
-    return row  # pyright: ignore[reportUnknownVariableType]
+    return row
 
 
 def _string(where: str, key: str, value: Any) -> str:
@@ -126,7 +128,9 @@ def _text(where: str, row: dict[str, Any]) -> str:
     for keys in TEXT_KEYS:
         if all(isinstance(row.get(key), str) for key in keys):
             return "".join(_string(where, key, row[key]) for key in keys)
-    raise PairsError(f"{where}: no text; expected a string under 'text', or 'prompt' and 'positive'; it has {_names(row)}")
+    raise PairsError(
+        f"{where}: no text; expected a string under 'text', or 'prompt' and 'positive'; it has {_names(row)}"
+    )
 
 
 def _names(row: Iterable[str]) -> str:

@@ -6,7 +6,9 @@ every machine: no BLAS, whose order of summation is its own affair.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, TypeAlias
+from functools import cached_property
+from io import BufferedReader
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,12 @@ from austeer.compiler.errors import CheckpointError
 from austeer.compiler.patch import Affine
 from austeer.compiler.tensors import TensorInfo, from_float32, storage_dtype, to_float32
 
-BLOCK = 2**22
-"""Values held at once: 16 MB in float32, and a few temporaries of that size."""
+BLOCK = 2**18
+"""Values held at once: 1 MB in float32, so that they and a few temporaries stay in the processor's cache."""
 
-Index: TypeAlias = "NDArray[np.int64] | None"
+Index: TypeAlias = NDArray[np.int64] | slice  # a slice is all
+Part: TypeAlias = tuple[Index, Index]
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Matrix:
     @property
     def runs(self) -> list[tuple[int, int]]:
         """The ranges of stored rows that change."""
-        return _runs(self._changed()[0], self.shape[0])
+        changed = np.zeros(self.shape[0], bool)
+        for rows, _ in self._parts:
+            changed[rows] = True
+        return _runs(np.flatnonzero(changed))
 
     @property
     def nbytes(self) -> int:
@@ -58,11 +65,10 @@ class Matrix:
 
     def segments(self) -> Iterator[Segment]:
         """The changed stored rows, in file order. Raises CheckpointError for a non-finite result."""
-        columns = self._changed()[1]
         with self.tensor.file.open("rb") as file:
             for start, end in self.runs:
                 for first, last in _blocks(start, end, self.shape[1]):
-                    yield self._segment(file, first, last, columns)
+                    yield self._segment(file, first, last)
 
     def rows(self) -> Iterator[tuple[slice, Floats]]:
         """The whole base matrix in float32, as blocks of stored rows [rows, stored columns]."""
@@ -70,16 +76,25 @@ class Matrix:
             for first, last in _blocks(0, self.shape[0], self.shape[1]):
                 yield slice(first, last), to_float32(self._read(file, first, last), self.tensor.dtype)
 
-    def _segment(self, file: IO[bytes], first: int, last: int, columns: Index) -> Segment:
+    def _segment(self, file: BufferedReader, first: int, last: int) -> Segment:
         stored = self._read(file, first, last)
-        kept = slice(None) if columns is None else columns
-        base = to_float32(stored[:, kept], self.tensor.dtype)
-        new = self._rewritten(base, slice(first, last), kept)
-        stored[:, kept], rounding = stored_values(new, self.tensor)
+        places = [place for part in self._parts if not _is_empty(place := _within(part, first, last))]
+        # Parts may overlap: each is computed from the base, so all are, before any is stored.
+        changes = [(place, *self._changed(stored, first, place)) for place in places]
+        for place, new, _ in changes:
+            stored[_cross(place)] = new
+        rounding = max(error for _, _, error in changes)
         return Segment(self.offset + first * self.row_bytes, stored.data.cast("B"), rounding)
 
+    def _changed(self, stored: NDArray[Any], first: int, place: Part) -> tuple[NDArray[Any], float]:
+        """The new stored values at a place in the block that begins at row `first`, and their rounding."""
+        rows, columns = place
+        base = to_float32(stored[_cross(place)], self.tensor.dtype)
+        absolute = slice(first, first + len(stored)) if isinstance(rows, slice) else rows + first
+        return stored_values(self._rewritten(base, absolute, columns), self.tensor)
+
     def _rewritten(self, base: Floats, first: Any, second: Any) -> Floats:
-        """W' = (a⊙W + U Vᵀ)⊙s on a block of the stored matrix."""
+        """W' = (a⊙W + U Vᵀ)⊙s on some stored rows and columns."""
         rows, columns = (second, first) if self.transposed else (first, second)
         weight = base.T if self.transposed else base
         weight = weight * self.form.a[rows, None]
@@ -89,22 +104,25 @@ class Matrix:
         weight *= self.form.s[None, columns]
         return weight.T if self.transposed else weight
 
-    def _read(self, file: IO[bytes], first: int, last: int) -> NDArray[Any]:
+    def _read(self, file: BufferedReader, first: int, last: int) -> NDArray[Any]:
         file.seek(self.offset + first * self.row_bytes)
-        data = file.read((last - first) * self.row_bytes)
-        if len(data) != (last - first) * self.row_bytes:
+        data = bytearray((last - first) * self.row_bytes)
+        if file.readinto(data) != len(data):
             raise CheckpointError(f"{self.tensor.file}: ends inside {self.tensor.name}; did it change meanwhile?")
         kind = storage_dtype(self.tensor.dtype)
-        return np.frombuffer(bytearray(data), kind).reshape(last - first, self.shape[1])
+        return np.frombuffer(data, kind).reshape(last - first, self.shape[1])
 
-    def _changed(self) -> tuple[Index, Index]:
-        """The stored rows and stored columns whose product holds all changes; None is all."""
+    @cached_property
+    def _parts(self) -> list[Part]:
+        """Stored rows × stored columns that together hold all changes; they may overlap."""
         form = self.form
-        scaled_rows, scaled_columns = np.flatnonzero(form.a != 1), np.flatnonzero(form.s != 1)
-        rows = _union(scaled_rows, [v for v, _ in form.terms])
-        columns = _union(scaled_columns, [k for _, k in form.terms])
-        changed = (None if scaled_columns.size else rows, None if scaled_rows.size else columns)
-        return changed[::-1] if self.transposed else changed
+        parts: list[Part] = [(_indices(form.a != 1), ALL), (ALL, _indices(form.s != 1))]
+        if form.terms:
+            v, k = (np.any(np.stack(side), axis=0) for side in zip(*form.terms, strict=True))
+            parts.append((_indices(v), _indices(k)))
+        if self.transposed:
+            parts = [(second, first) for first, second in parts]
+        return [part for part in parts if not _is_empty(part)]
 
 
 def rewritten_bias(tensor: TensorInfo, matrix: Matrix) -> Segment:
@@ -158,16 +176,39 @@ def stored_values(new: Floats, tensor: TensorInfo) -> tuple[NDArray[Any], float]
     return stored, float(np.abs(back - new).max(initial=0.0)) / scale if scale else 0.0
 
 
-def _union(indices: NDArray[np.int64], vectors: list[Floats]) -> NDArray[np.int64]:
-    for vector in vectors:
-        indices = np.union1d(indices, np.flatnonzero(vector))
-    return indices
+def recycle_blocks() -> None:
+    """Makes malloc keep the memory of freed blocks for the next ones, where it can learn that (glibc).
+
+    Else each array of a block costs fresh pages from the kernel, which take longer than the arithmetic on them.
+    """
+    # glibc takes the largest array freed so far as the measure of what is worth keeping; this one is never touched.
+    np.empty(16 * BLOCK * 4, np.uint8)
 
 
-def _runs(indices: Index, length: int) -> list[tuple[int, int]]:
+def _indices(changed: NDArray[np.bool_]) -> Index:
+    return ALL if changed.all() else np.flatnonzero(changed)
+
+
+def _is_empty(part: Part) -> bool:
+    return any(not isinstance(index, slice) and not index.size for index in part)
+
+
+def _within(part: Part, first: int, last: int) -> Part:
+    """What of a part lies in the rows first..last, counted from `first`."""
+    rows, columns = part
+    if not isinstance(rows, slice):
+        rows = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first
+    return rows, columns
+
+
+def _cross(place: Part) -> Any:
+    """What numpy takes for all combinations of these rows and columns."""
+    rows, columns = place
+    return place if isinstance(rows, slice) or isinstance(columns, slice) else np.ix_(rows, columns)
+
+
+def _runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Maximal ranges [start, end) of consecutive indices."""
-    if indices is None:
-        return [(0, length)]
     if not indices.size:
         return []
     breaks = np.flatnonzero(np.diff(indices) > 1) + 1

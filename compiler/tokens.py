@@ -46,7 +46,9 @@ class Encoded:
     def notes(self) -> tuple[str, ...]:
         """What the user should know, one sentence each."""
         cut = f"{self.truncated} pairs were longer than the limit and lost tokens from the left, after the first"
-        out = f"{self.skipped} pairs were left out: both sides have the same tokens, or a side has none within the limit"
+        out = (
+            f"{self.skipped} pairs were left out: both sides have the same tokens, or a side has none within the limit"
+        )
         return (cut,) * (self.truncated > 0) + (out,) * (self.skipped > 0)
 
 
@@ -60,7 +62,9 @@ def encode_pairs(
     Raises UsageError where `chat` is asked of a tokenizer without a template.
     """
     prompts = [_templated(tokenizer, pair.prompt, chat) if chat else pair.prompt for pair in pairs]
-    texts = [prompt + side for prompt, pair in zip(prompts, pairs, strict=True) for side in (pair.positive, pair.negative)]
+    texts = [
+        prompt + side for prompt, pair in zip(prompts, pairs, strict=True) for side in (pair.positive, pair.negative)
+    ]
     ids = _encode(tokenizer, texts, special=chat is None)
     special = frozenset(tokenizer.all_special_ids)
     made: list[PairTokens] = []

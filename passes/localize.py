@@ -1,6 +1,6 @@
 """AUSteer localization (arXiv 2602.04428): which units tell the two sides of contrastive pairs apart."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ def _ports(model: "PreTrainedModel", site: SiteName) -> tuple[dict[int, Port], t
 
 
 @contextmanager
-def _watching(ports: dict[int, Port], counters: dict[int, "Callable[[Tensor], None]"]) -> Iterator[None]:
+def _watching(ports: dict[int, Port], counters: dict[int, "Callable[[Tensor], None]"]) -> Generator[None]:
     """Within the context, each counter is shown the activation that passes its layer's port."""
     with ExitStack() as hooks:
         for layer, place in ports.items():
@@ -107,9 +107,11 @@ def _watching(ports: dict[int, Port], counters: dict[int, "Callable[[Tensor], No
 def _hook(place: Port, see: "Callable[[Tensor], None]") -> Any:
     if place.side == "input":
         return place.module.register_forward_pre_hook(lambda _, args: see(args[0]))
-    return place.module.register_forward_hook(
-        lambda _, __, output: see(output[0] if isinstance(output, tuple) else output)
-    )
+
+    def after(_module: Any, _inputs: Any, output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output)
+
+    return place.module.register_forward_hook(after)
 
 
 class _Tally:

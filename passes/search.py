@@ -70,7 +70,10 @@ def search(
 
     def measured(trials: Sequence[Trial]) -> list[Trial]:
         found = drifts(model, neutral, programs(trials), batch_tokens)
-        return [Trial(t.k, t.alpha, math.inf if math.isnan(drift) else drift) for t, drift in zip(trials, found, strict=True)]
+        return [
+            Trial(t.k, t.alpha, math.inf if math.isnan(drift) else drift)
+            for t, drift in zip(trials, found, strict=True)
+        ]
 
     counts = [top_k] if top_k is not None else _powers_of_two(min(MOST_UNITS, scores.beta.size))
     tried = climb(measured, counts, alpha, max_drift)

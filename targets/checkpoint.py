@@ -12,7 +12,7 @@ from austeer.compiler.checkpoint import Checkpoint, files_to_copy
 from austeer.compiler.errors import CheckpointError, Refused
 from austeer.compiler.layout import Layout
 from austeer.compiler.patch import Affine, Patch, Touch
-from austeer.compiler.rewrite import BLOCK, Matrix, Segment, rewritten_bias
+from austeer.compiler.rewrite import BLOCK, Matrix, Segment, recycle_blocks, rewritten_bias
 from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file
 from austeer.compiler.tensors import TensorInfo
 
@@ -99,6 +99,7 @@ def plan(patch: Patch, layout: Layout) -> Plan:
 
 def write(plan: Plan, folder: Path, writing: Writing) -> None:
     """Writes the planned checkpoint into `folder`: unchanged bytes are copied by the kernel, changed ones computed."""
+    recycle_blocks()
     todo = {job.tensor.name for job in plan.jobs}
     for name in plan.kept:
         source, target = plan.checkpoint.path / name, folder / name

@@ -19,16 +19,16 @@ def shared(name: str) -> Path:
     return path
 
 
-_SIZES = dict(
-    vocab_size=64,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-)
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 _GROUPED = dict(_SIZES, num_key_value_heads=2)
-_OPT = dict(vocab_size=64, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4)
+_OPT = {"vocab_size": 64, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _MOE = dict(_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 # Names are a model type and, after a dash, what is special.
@@ -47,7 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": dict(_GROUPED, pad_token_id=0),
     "phi3-window": dict(_GROUPED, pad_token_id=0, sliding_window=4),
     "olmo2": _GROUPED,
-    "gpt2": dict(vocab_size=64, n_embd=24, n_layer=2, n_head=4, n_positions=128),
+    "gpt2": {"vocab_size": 64, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": _SIZES,
     "opt": dict(_OPT, word_embed_proj_dim=24, max_position_embeddings=128),
     "opt-post": dict(_OPT, word_embed_proj_dim=16, max_position_embeddings=128, do_layer_norm_before=False),

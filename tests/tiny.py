@@ -34,7 +34,7 @@ class Tiny:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 6
-    residual: int = 20  # gpt2, gpt_neox and opt: heads times head_dim
+    residual: int = 20  # a multiple of heads (with experts, of 4 too); gpt2, gpt_neox and opt: heads times head_dim
     neurons: int = 28
     experts: int = 3
     biases: bool = True
@@ -122,12 +122,18 @@ def _llama(tiny: Tiny) -> dict[str, Any]:
 
 
 def _qwen3_moe(tiny: Tiny) -> dict[str, Any]:
-    experts = dict(num_experts=tiny.experts, num_experts_per_tok=2, moe_intermediate_size=tiny.neurons // 2 + 1)
+    experts = dict(num_experts=tiny.experts, num_experts_per_tok=2, moe_intermediate_size=_by_four(tiny.neurons // 2))
     return {**_with_attention_bias(tiny), **experts, "mlp_only_layers": list(tiny.dense), "norm_topk_prob": True}
 
 
 def _mixtral(tiny: Tiny) -> dict[str, Any]:
-    return {**_decoder(tiny), "num_local_experts": tiny.experts, "num_experts_per_tok": 2}
+    experts = dict(num_local_experts=tiny.experts, num_experts_per_tok=2)
+    return {**_decoder(tiny), **experts, "intermediate_size": _by_four(tiny.neurons)}
+
+
+def _by_four(size: int) -> int:
+    """Rounded up: torch's grouped matrix product wants rows of whole 16 bytes."""
+    return -(-size // 4) * 4
 
 
 def _gpt2(tiny: Tiny) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class BuildReport:
 def build(
     model: str,
     programs: Sequence[str | Path],
-    out: str | Path,
+    out: str | Path | None,
     *,
     revision: str | None = None,
     texts: str | Path | None = None,
@@ -65,19 +65,18 @@ def build(
     """Compiles programs into a model and writes the checkpoint at `out`; imports neither torch nor transformers.
 
     With `texts` (a file of texts or pairs) the result is certified on them first, which does load the model.
-    With `dry_run` nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
+    With `dry_run`, or no `out`, nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
     """
-    out = Path(out)
     program, notes = compose([Program.load(path) for path in programs])
     base = open_base(model, revision)
     plan = plan_for(program, base)
     notes += tuple(f"tensor {name} is not in the index and is copied as it is" for name in base.checkpoint.unindexed)
-    if dry_run:
+    if dry_run or out is None:
         return BuildReport(None, program, plan, None, notes)
     check = None
     if texts is not None:
         check, notes = _certifier(base, program, texts, settings, notes)
-    certificate = write_compiled(plan, base, program, out, certify=check)
+    certificate = write_compiled(plan, base, program, Path(out), certify=check)
     return BuildReport(str(out), program, plan, certificate, notes)
 
 

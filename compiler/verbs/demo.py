@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL = Path(__file__).parents[1] / "demo_model"
-MAX_DRIFT = 0.3
 PROMPTS = ("Once upon a time", "One day, Mia", "The dog saw", "It was raining and Tom")
 TOKENS = 40
 
@@ -50,7 +49,7 @@ def demo(out: str | Path | None = None) -> Demo:
     with _place(out) as folder:
         steering = steer(
             str(MODEL), MODEL / "pairs.jsonl", folder,
-            neutral=MODEL / "neutral.txt", max_drift=MAX_DRIFT, settings=settings,
+            neutral=MODEL / "neutral.txt", settings=settings,
         )  # fmt: skip
         verification = verify(folder, base=str(MODEL), texts=MODEL / "neutral.txt", settings=settings)
         tokenizer = load_tokenizer(MODEL)

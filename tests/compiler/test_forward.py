@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.shared import TINY, tiny
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,8 +13,9 @@ from austeer.compiler import Program, Scale, Shift, UsageError, interpret
 from austeer.compiler.forward import begin, logits, longest_text, run_texts
 from austeer.compiler.live import live_facts
 from austeer.compiler.tokens import PairTokens
+from tests.shared import TINY, tiny
 
-EXACT = dict(rtol=1e-4, atol=1e-5)
+EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def some_pairs(count: int = 7) -> list[PairTokens]:
@@ -94,7 +94,7 @@ def test_a_text_beyond_the_models_positions_is_refused() -> None:
 
 
 def test_a_rope_that_depends_on_the_length_bounds_the_text() -> None:
-    rope = dict(rope_type="longrope", long_factor=[2.0] * 3, short_factor=[1.0] * 3, rope_theta=10000.0)
+    rope = {"rope_type": "longrope", "long_factor": [2.0] * 3, "short_factor": [1.0] * 3, "rope_theta": 10000.0}
     sizes = dict(TINY["phi3"], original_max_position_embeddings=32, rope_parameters=rope)
     config = AutoConfig.for_model("phi3", **sizes)
     assert longest_text(AutoModelForCausalLM.from_config(config)) == 32

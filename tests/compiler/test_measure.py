@@ -5,26 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from tests.shared import shared, tiny
 
 from austeer.compiler import PairsError, Program, Scale, Shift, interpret, measure
 from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.tokens import PairTokens, Tokens
+from tests.shared import shared, tiny
 
 NAMES = ["llama", "gemma2", "opt", "gpt2", "mixtral"]
 
 
 def some_texts(count: int, low: int, high: int, seed: int) -> list[Tokens]:
     generator = random.Random(seed)
-    return [
-        tuple(generator.randrange(64) for _ in range(generator.randint(low, high))) for _ in range(count)
-    ]
+    return [tuple(generator.randrange(64) for _ in range(generator.randint(low, high))) for _ in range(count)]
 
 
 def some_pairs(prefix: int = 1) -> list[PairTokens]:
-    prefixes, positives, negatives = some_texts(9, prefix, 9 * prefix, 1), some_texts(9, 2, 5, 2), some_texts(9, 2, 5, 3)
+    prefixes, positives, negatives = (
+        some_texts(9, prefix, 9 * prefix, 1),
+        some_texts(9, 2, 5, 2),
+        some_texts(9, 2, 5, 3),
+    )
     return [PairTokens(*parts) for parts in zip(prefixes, positives, negatives, strict=True)]
 
 
@@ -107,7 +109,9 @@ def test_neutral_text_is_the_models_own_and_seeded() -> None:
     assert {text[0] for text in texts} == {tokenizer.bos_token_id}
     assert max(map(len, texts)) == 24
     rows = [distributions(model, None, text) for text in texts]
-    chosen = torch.cat([row[:-1].gather(1, torch.tensor(text[1:])[:, None]) for row, text in zip(rows, texts, strict=True)])
+    chosen = torch.cat(
+        [row[:-1].gather(1, torch.tensor(text[1:])[:, None]) for row, text in zip(rows, texts, strict=True)]
+    )
     entropy = torch.cat([-(row.exp() * row).sum(1)[:-1] for row in rows])
     assert -float(chosen.mean()) == pytest.approx(float(entropy.mean()), rel=0.3)
 

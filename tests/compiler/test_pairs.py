@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tests.shared import shared
 
 from austeer.compiler.errors import PairsError
 from austeer.compiler.pairs import Pair, read_pairs, read_texts, split_by_prompt
+from tests.shared import shared
 
 GOOD = b'{"prompt": "a", "positive": " b", "negative": " c"}\n'
 
@@ -68,14 +68,20 @@ def test_texts_are_lines_or_json_lines(tmp_path: Path, content: bytes, texts: tu
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no texts"), (b'{"text": "a"}\n{"number": 1}', ":2: no text.*'number'"), (b'{"text": "a', ":1: not JSON")],
+    [
+        (b"", "holds no texts"),
+        (b'{"text": "a"}\n{"number": 1}', ":2: no text.*'number'"),
+        (b'{"text": "a', ":1: not JSON"),
+    ],
 )
 def test_a_bad_texts_file(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(PairsError, match=message):
         read_texts(written(tmp_path, content))
 
 
-@pytest.mark.parametrize("name", ["tinystories_text", "imdb_text", "wikitext2_test", "sentiment_prompts", "alpaca_2000"])
+@pytest.mark.parametrize(
+    "name", ["tinystories_text", "imdb_text", "wikitext2_test", "sentiment_prompts", "alpaca_2000"]
+)
 def test_texts_of_the_shared_data(name: str) -> None:
     path = shared(f"data/{name}.jsonl")
     assert len(read_texts(path)) == path.read_bytes().count(b"\n")

@@ -1,17 +1,19 @@
 """Tokenization of pairs: the shared prefix, truncation, chat templates; and packing."""
 
+import functools
+import operator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shared import shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from austeer.compiler.errors import UsageError
 from austeer.compiler.pairs import Pair
 from austeer.compiler.tokens import Chat, PairTokens, batches, encode_pairs, encode_texts
+from tests.shared import shared
 
 WORDS = ["<s>", "</s>", "<unk>", *"abcdefgh", "user", "bot", "sys"]
 ID = {word: number for number, word in enumerate(WORDS)}
@@ -63,7 +65,9 @@ def test_equal_and_empty_sides_are_skipped_and_told() -> None:
     pairs = [Pair("a", " b", " b"), Pair("a", " b", " c"), Pair("a", " z", " y")]
     found = encode_pairs(tokenizer(), pairs, 100)
     assert (len(found.pairs), found.skipped, found.truncated) == (1, 2, 0)
-    assert found.notes == ("2 pairs were left out: both sides have the same tokens, or a side has none within the limit",)
+    assert found.notes == (
+        "2 pairs were left out: both sides have the same tokens, or a side has none within the limit",
+    )
     assert encoded("", "", "a", bos=False) is None
 
 
@@ -115,7 +119,7 @@ def test_a_real_tokenizer_keeps_bos_and_rebuilds_both_texts() -> None:
 def test_batches_hold_every_pair_once_within_the_budget(sizes: list[tuple[int, int, int]], budget: int) -> None:
     pairs = [PairTokens((i,) * p, (1,) * q, (2,) * r) for i, (p, q, r) in enumerate(sizes)]
     packed = list(batches(pairs, budget))
-    assert sorted(map(repr, sum(packed, []))) == sorted(map(repr, pairs))
+    assert sorted(map(repr, functools.reduce(operator.iadd, packed, []))) == sorted(map(repr, pairs))
     for batch in packed:
         padded = max(pair.shape[0] for pair in batch) + max(pair.shape[1] for pair in batch)
         assert len(batch) == 1 or len(batch) * padded <= budget

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.shared import TINY, shared, tiny
 
 from austeer.compiler import PairsError, Program, Refused, Scale, UsageError, interpret
 from austeer.compiler.edits import Floats
@@ -18,6 +17,7 @@ from austeer.compiler.pairs import read_pairs
 from austeer.compiler.sites import SITES, SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs
 from austeer.passes.localize import Scores, localize, select
+from tests.shared import TINY, shared, tiny
 
 AUTHORS: dict[SiteName, str] = {"heads": "attention", "ffn": "ffn", "residual": "layer"}
 GEOMETRY = Geometry("model", "llama", layers=3, residual=4, heads=4, neurons=8)
@@ -171,7 +171,13 @@ def test_gamma_is_alpha_times_beta_rounded_once() -> None:
 
 @pytest.mark.parametrize(
     ("k", "alpha", "message"),
-    [(0, 1, "from 1 to 4"), (-1, 1, "from 1 to 4"), (5, 1, "from 1 to 4 at site ffn, got 5"), (1, np.nan, "finite"), (1, np.inf, "finite")],
+    [
+        (0, 1, "from 1 to 4"),
+        (-1, 1, "from 1 to 4"),
+        (5, 1, "from 1 to 4 at site ffn, got 5"),
+        (1, np.nan, "finite"),
+        (1, np.inf, "finite"),
+    ],
 )
 def test_select_refuses_what_cannot_be_meant(k: int, alpha: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
