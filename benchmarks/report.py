@@ -1,8 +1,8 @@
 """One benchmark's findings: a table for people, a JSON file for programs, and whether a limit is broken."""
 
 import json
-import platform
 import os
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any

@@ -78,7 +78,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         values = yaml.safe_load(front)
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
-    return values if isinstance(values, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+    return values if isinstance(values, dict) else {}
 
 
 def describe(edit: Edit) -> str:

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from austeer.compiler.errors import UsageError
+from austeer.compiler.forward import input_device
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import load_model
 from austeer.compiler.progress import track
@@ -122,7 +124,8 @@ class Comparison:
         self.tokens += len(reference)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
         self.agreeing += int((reference.argmax(-1) == other.argmax(-1)).sum())
-        self.max_diff = max(self.max_diff, float(difference.max()))
+        # max() forgets a nan, and a model that computes nan must not pass.
+        self.max_diff = max(self.max_diff, float(difference.nan_to_num(nan=float("inf")).max()))
         self.sum_diff += float(difference.mean(-1).double().sum())
         self.max_logit = max(self.max_logit, float(reference.abs().max()))
 
@@ -147,7 +150,9 @@ def certify(
 
 
 def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens]) -> Reference:
-    """Runs the base and the interpreter over the texts."""
+    """Runs the base and the interpreter over the texts; UsageError if there are none."""
+    if not texts:
+        raise UsageError("there is nothing to measure on: none of the texts has a token")
     texts = take_tokens(texts, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
     comparison, kept, made = Comparison(), list["Tensor"](), list[Tokens]()
     for number, text in enumerate(track(texts, "reference")):
@@ -201,7 +206,7 @@ def _logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
     import torch
 
     with torch.inference_mode():
-        ids = torch.tensor([text], device=model.get_input_embeddings().weight.device)
+        ids = torch.tensor([text], device=input_device(model))
         return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
@@ -212,7 +217,7 @@ def greedy(model: "PreTrainedModel", prompt: Tokens, count: int) -> Tokens:
     ids, cache, made = prompt, None, list[int]()
     with torch.inference_mode():
         while len(made) < count:
-            tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+            tokens = torch.tensor([ids], device=input_device(model))
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache, ids = output.past_key_values, (int(output.logits[0, -1].argmax()),)
             made.extend(ids)

@@ -53,7 +53,7 @@ RUN = options(
         help="What models run in; auto: as stored, and float32 for the certificate.",
     ),
     click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass."),
-    click.option("--max-length", type=click.IntRange(2), help="Tokens of a text (default: the limit of the model, or 2048)."),
+    click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: the model's, at most 2048."),
     click.option("--seed", type=int, default=0, show_default=True),
 )  # fmt: skip
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from austeer.compiler.errors import ProgramError
 from austeer.compiler.sites import SITES, SPACE, SiteName, Space
@@ -21,7 +21,10 @@ def as_vector(values: Any, what: str) -> Floats:
     if hasattr(values, "detach"):  # a torch tensor, without importing torch for those who do not use it
         values = values.detach().cpu().float().numpy()
     try:
-        vector = np.array(values, dtype=np.float32)
+        if np.iscomplexobj(values):
+            raise TypeError("they are complex")
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused below
+            vector = np.array(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ProgramError(f"{what}: not a vector of numbers ({error})") from None
     if vector.ndim != 1:
@@ -48,7 +51,8 @@ def as_number(value: Any, what: str) -> float:
 class Edit:
     """One change to the activation at `site` of `layer` (from 0). Equal when all fields are equal.
 
-    A kind names its float32 vectors in `vectors`; its other fields are plain JSON values.
+    A kind names its float32 vectors in `vectors`; its other fields are plain JSON values. Vectors are given as
+    lists, numpy arrays or torch tensors, and kept as private, read-only arrays.
     """
 
     kind: ClassVar[str]
@@ -116,11 +120,18 @@ class Scale(Edit):
     units: tuple[int, ...]
     gamma: Floats
 
+    if TYPE_CHECKING:
+
+        def __init__(self, layer: int, site: SiteName, units: Iterable[int], gamma: ArrayLike) -> None: ...
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        units = tuple(as_index(unit, f"{self.where}: unit") for unit in self.units)
+        listed: Any = self.units
+        if not isinstance(listed, Iterable):
+            raise ProgramError(f"{self.where}: units must be a list, got {listed!r}")
+        units = tuple(as_index(unit, f"{self.where}: unit") for unit in listed)
         gamma: Any = self.gamma
-        if isinstance(gamma, (int, float)):
+        if isinstance(gamma, (int, float, np.floating)):
             gamma = [gamma] * len(units)
         set_field(self, "units", units)
         set_field(self, "gamma", as_vector(gamma, f"{self.where}: gamma"))
@@ -138,6 +149,10 @@ class Shift(Edit):
     vectors: ClassVar[tuple[str, ...]] = ("vector",)
 
     vector: Floats
+
+    if TYPE_CHECKING:
+
+        def __init__(self, layer: int, site: SiteName, vector: ArrayLike) -> None: ...
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +178,10 @@ class Rank1(Edit):
     k: Floats
     v: Floats
     strength: float
+
+    if TYPE_CHECKING:
+
+        def __init__(self, layer: int, site: SiteName, k: ArrayLike, v: ArrayLike, strength: float) -> None: ...
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class Geometry:
     def from_plain(fields: Any) -> "Geometry":
         """The inverse of `plain`; ProgramError for anything else."""
         sizes = ("layers", "residual", "heads", "neurons")
-        if not isinstance(fields, dict) or set(fields) != {"name", "architecture", *sizes}:  # pyright: ignore[reportUnknownArgumentType]
+        if not isinstance(fields, dict) or set(fields) != {"name", "architecture", *sizes}:
             raise ProgramError(f"a program's model needs name, architecture, {', '.join(sizes)}; got {fields!r}")
         if not all(type(fields[size]) is int and fields[size] > 0 for size in sizes):
             raise ProgramError(f"a program's model has sizes that are not positive whole numbers: {fields!r}")

@@ -3,7 +3,7 @@
 Every pass, certificate and benchmark is measured against this file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,7 +21,7 @@ Change: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 @contextmanager
-def interpret(model: "PreTrainedModel", program: "Program") -> Iterator["PreTrainedModel"]:
+def interpret(model: "PreTrainedModel", program: "Program") -> Generator["PreTrainedModel"]:
     """Within the context, `model` does what `program` says; afterwards it is as before.
 
     Any dtype, batch, padding side, KV cache, device or device_map: each edit is computed in float32 (or wider)
@@ -73,7 +73,7 @@ def _change(edit: Edit) -> Change:
         vector = _Placed(torch.tensor(edit.vector))
         return lambda x: x + vector.on(x)
     assert isinstance(edit, Scale), edit
-    units, factors = _Placed(torch.tensor(edit.units)), _Placed(1 + torch.tensor(edit.gamma))
+    units, factors = _Placed(torch.tensor(edit.units, dtype=torch.int64)), _Placed(1 + torch.tensor(edit.gamma))
     return lambda x: x.index_copy(-1, units.on(x), x[..., units.on(x)] * factors.on(x))
 
 

@@ -67,7 +67,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "P
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True, **placement
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -75,6 +75,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "P
     finally:
         if shown:
             logging.enable_progress_bar()
+    model, report = loaded
     _require_complete(folder, report)
     if device != "spread":
         model.to(place)

@@ -50,6 +50,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so it was not compiled by austeer-compile") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); compile again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a manifest of format {FORMAT}; update austeer-compile or compile again")
-    return manifest  # pyright: ignore[reportUnknownVariableType]
+    return manifest

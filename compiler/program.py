@@ -91,6 +91,8 @@ class Program:
             raise ProgramError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             return parse(data.decode()) if is_text(data) else _from_safetensors(data)
+        except UnicodeDecodeError as error:
+            raise ProgramError(f"{path}: a text that is not UTF-8 at byte {error.start}") from None
         except ProgramError as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -123,7 +125,7 @@ def _from_safetensors(data: bytes) -> Program:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         body = json.loads(header["__metadata__"][METADATA_KEY])
         model, edits = body["model"], list(body["edits"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProgramError(f"not a program: expected a .safetensors file written by Program.save ({error!r})") from None
     if body.get("format") != FORMAT:
         raise ProgramError(

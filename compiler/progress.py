@@ -1,7 +1,7 @@
 """Progress of long work, on stderr and only where somebody watches."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(description: str, total: int) -> Generator[Callable[[int], None]]:
     """Within the context, a function that takes how many bytes more of `total` are done."""
     if not sys.stderr.isatty():
         yield lambda _: None

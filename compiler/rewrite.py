@@ -24,6 +24,7 @@ BLOCK = 2**18
 Index: TypeAlias = NDArray[np.int64] | slice  # a slice is all
 Part: TypeAlias = tuple[Index, Index]
 ALL = slice(None)
+OVERFLOWING = np.errstate(over="ignore", invalid="ignore")  # what is not finite then is an error in stored_values
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Matrix:
         absolute = slice(first, first + len(stored)) if isinstance(rows, slice) else rows + first
         return stored_values(self._rewritten(base, absolute, columns), self.tensor)
 
+    @OVERFLOWING
     def _rewritten(self, base: Floats, first: Any, second: Any) -> Floats:
         """W' = (a⊙W + U Vᵀ)⊙s on some stored rows and columns."""
         rows, columns = (second, first) if self.transposed else (first, second)
@@ -125,6 +127,7 @@ class Matrix:
         return [part for part in parts if not _is_empty(part)]
 
 
+@OVERFLOWING
 def rewritten_bias(tensor: TensorInfo, matrix: Matrix) -> Segment:
     """b' = a⊙(b + W t) + U(Vᵀt) + u, as the new bytes of the whole bias."""
     form = matrix.form
@@ -136,7 +139,7 @@ def rewritten_bias(tensor: TensorInfo, matrix: Matrix) -> Segment:
         new += product(matrix, form.t)
     new *= form.a
     for v, k in form.terms:
-        new += v * tree_sum(k.astype(np.float64) * form.t, axis=0)
+        new += v.astype(np.float64) * tree_sum(k.astype(np.float64) * form.t, axis=0)
     data, rounding = stored_values((new + form.u).astype(np.float32), tensor)
     return Segment(tensor.offset, data.tobytes(), rounding)
 

@@ -49,17 +49,11 @@ def _(report: BuildReport) -> None:
 def _(report: Steering) -> None:
     console = _console()
     if report.search is not None:
-        rows = [
-            (
-                trial.k,
-                f"{trial.alpha:.4g}",
-                f"{trial.drift:.4f}",
-                *_effect(trial.effect),
-                "<-" if trial == report.search.best else "",
-            )
-            for trial in report.search.table
+        found = report.search
+        rows = [("base", "", "0", *_effect(found.base), "")] + [
+            (str(t.k), f"{t.alpha:.4g}", f"{t.drift:.4f}", *_effect(t.effect), "<-" if t == found.best else "")
+            for t in found.table
         ]
-        rows.insert(0, ("base", "", "0", *_effect(report.search.base), ""))
         columns = ("k", "alpha", "drift", "accuracy", "margin", "")
         _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
     console.print(

@@ -1,7 +1,7 @@
 """Sites of a block, and the space of the vectors that live there."""
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from austeer.compiler.errors import UsageError
 
@@ -26,7 +26,7 @@ ALIASES: Mapping[str, SiteName] = {"attention": "heads", "layer": "residual"}
 def site_named(name: str) -> SiteName:
     """The site called `name`, aliases included; UsageError for any other word."""
     if name in SITES:
-        return cast(SiteName, name)
+        return name
     if name in ALIASES:
         return ALIASES[name]
     raise UsageError(f"unknown site {name!r}: use one of {', '.join(SITES)} (attention = heads, layer = residual)")

@@ -25,7 +25,9 @@ SIZES = ("layers", "residual", "heads", "neurons")
 
 
 def is_text(data: bytes) -> bool:
-    """Whether the bytes of a program file are its text form (a safetensors file starts with a length)."""
+    """Whether the bytes of a program file are its text form, and not safetensors, which starts with a length."""
+    if int.from_bytes(data[:8], "little") <= len(data) and len(data) > 8:  # eight characters make a huge number
+        return False
     return data.lstrip()[:5] in (b"model", b"") or data.lstrip()[:1] == b"#"
 
 

@@ -1,5 +1,6 @@
 """compose: several programs → one with all their edits."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a merged edit that is not finite is refused as any other
 def compose(programs: Sequence[Program]) -> tuple[Program, tuple[str, ...]]:
     """One program with the edits of all, in the order given, and notes on what was merged.
 
@@ -31,11 +33,12 @@ def compose(programs: Sequence[Program]) -> tuple[Program, tuple[str, ...]]:
 
 
 def _shared_places(programs: Sequence[Program]) -> list[tuple[int, SiteName]]:
-    seen: dict[tuple[int, SiteName], int] = {}
-    for program in programs:
-        for place in {(edit.layer, edit.site) for edit in program.edits if not isinstance(edit, Rank1)}:
-            seen[place] = seen.get(place, 0) + 1
-    return sorted(place for place, times in seen.items() if times > 1)
+    times = Counter(place for program in programs for place in _scaled_or_shifted(program))
+    return sorted(place for place, count in times.items() if count > 1)
+
+
+def _scaled_or_shifted(program: Program) -> set[tuple[int, SiteName]]:
+    return {(edit.layer, edit.site) for edit in program.edits if not isinstance(edit, Rank1)}
 
 
 def _merged(edits: Sequence[Edit], layer: int, site: SiteName, width: int) -> Iterator[Edit]:

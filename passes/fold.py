@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from austeer.compiler.architectures import Linear
 from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
@@ -10,6 +12,7 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, with its tensor's name, when it is written
 def fold(program: Program, facts: ModelFacts) -> Patch:
     """The patch that makes the weights do what a legal program says (legalize first).
 

@@ -20,13 +20,14 @@ CHANGING = {
 
 
 def die_after(call: int) -> None:
-    """From now on counts such calls, and ends the process at once when number `call` has returned."""
-    left = call
+    """Counts such calls from the first mkdir on, and ends the process at once when number `call` has returned."""
+    left, writing = call, False
 
     def watch(_: object, event: str, function: object) -> None:
-        nonlocal left
-        if event == "c_return" and getattr(function, "__name__", "") in CHANGING:
-            left -= 1
+        nonlocal left, writing
+        if event == "c_return" and (name := getattr(function, "__name__", "")) in CHANGING:
+            writing |= name == "mkdir"  # what only reads before that leaves nothing behind
+            left -= writing
             if left == 0:
                 os._exit(137)
 
@@ -51,7 +52,7 @@ def in_child(base: str, program: str, out: Path, kill_at: int | None) -> int:
 def main(base: str, program: str, folder: Path) -> list[dict[str, object]]:
     """One entry per kill, until a build survives its number."""
     whole, out = folder / "whole", folder / "out"
-    assert in_child(base, program, whole, None) == 0
+    build(base, [program], whole)  # in this process, so that every child finds its imports made
     found: list[dict[str, object]] = []
     while (code := in_child(base, program, out, len(found) + 1)) == 137:
         litter = sorted(path.name for path in folder.iterdir() if path not in (out, whole))
@@ -74,4 +75,4 @@ def same(left: Path, right: Path) -> bool:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))

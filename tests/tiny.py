@@ -3,7 +3,9 @@
 What is legal is stated here a second time, so that a product that refuses everything cannot pass.
 """
 
+import atexit
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -197,16 +199,18 @@ VARIANTS: Mapping[str, Tiny] = {
 @cache
 def on_disk(tiny: Tiny) -> Path:
     """The folder of a model, in one file. Shared by all tests of a session: do not change it."""
-    folder = _root() / f"model-{len(list(_root().iterdir()))}"
+    folder = scratch() / "model"
     tiny.save(folder)
     return folder
 
 
+def scratch() -> Path:
+    """A new empty folder, which lasts as long as the process; for what pytest's tmp_path does not reach."""
+    return Path(mkdtemp(dir=_root()))
+
+
 @cache
 def _root() -> Path:
-    import atexit
-    import shutil
-
     root = Path(mkdtemp(prefix="austeer-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root

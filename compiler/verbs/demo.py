@@ -1,6 +1,6 @@
 """demo: the whole job on the small model that ships with the project, with no network."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def demo(out: str | Path | None = None) -> Demo:
 
 
 @contextmanager
-def _place(out: str | Path | None) -> Iterator[Path]:
+def _place(out: str | Path | None) -> Generator[Path]:
     if out is not None:
         yield Path(out)
         return
@@ -67,9 +67,12 @@ def _place(out: str | Path | None) -> Iterator[Path]:
 
 
 def _continuations(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The most likely text after each prompt, up to the end of its story."""
     model = load_model(folder, dtype="float32", device="cpu")
     texts: list[str] = []
     for prompt in PROMPTS:
         ids = tuple(tokenizer(prompt)["input_ids"])
-        texts.append(str(tokenizer.decode(ids + greedy(model, ids, TOKENS), skip_special_tokens=True)))
+        made = greedy(model, ids, TOKENS)
+        story = made[: made.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in made else made
+        texts.append(str(tokenizer.decode([*ids, *story], skip_special_tokens=True)))
     return texts
