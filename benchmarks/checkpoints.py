@@ -47,7 +47,7 @@ class Shape:
     def config(self, layers: int) -> dict[str, object]:
         """config.json."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
             "hidden_size": self.hidden, "intermediate_size": self.neurons, "num_hidden_layers": layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,

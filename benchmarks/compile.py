@@ -86,11 +86,12 @@ def _rows(what: str, taken: dict[str, list[float]], works: dict[str, Work]) -> l
     copy = estimate(taken["copy"])
     allowed = TIMES_COPY * copy.value + PLUS_SECONDS
     against = f"{TIMES_COPY} × copy + {PLUS_SECONDS:.0f} s; copy: {copy.value:.2f} s"
+    kind = "every fifth edit is a dense Rank1"
     return [
         Row(f"{what}: build", estimate(taken["scales"]), "s", at_most=allowed, note=against),
         Row(f"{what}: build / copy", ratio(taken["scales"], taken["copy"])),
         Row(f"{what}: build, peak memory", works["scales"].peak, "MB", at_most=MEGABYTES),
-        Row(f"{what}: with Rank1", estimate(taken["rank1"]), "s", at_most=allowed, note="every fifth edit is a dense Rank1"),
+        Row(f"{what}: with Rank1", estimate(taken["rank1"]), "s", at_most=allowed, note=kind),
         Row(f"{what}: with Rank1, peak memory", works["rank1"].peak, "MB", at_most=MEGABYTES),
     ]
 

@@ -24,9 +24,9 @@ METHOD = (
 )
 
 
-def run(rounds: int = 7, pairs: int = 64, plain_pairs: int = 16) -> Report:
+def run(rounds: int = 7, pairs: int = 64, plain_pairs: int = 8, device: str = "cpu") -> Report:
     """Localizes `pairs` pairs both ways; the straightforward way on the first `plain_pairs` only."""
-    model = random_llama()
+    model = random_llama(device)
     data = random_pairs(pairs, model.config.vocab_size)
     few = data[:plain_pairs]
     _require_equal_scores(model, few)
@@ -56,8 +56,8 @@ def run(rounds: int = 7, pairs: int = 64, plain_pairs: int = 16) -> Report:
     return Report("localize", METHOD, rows, details)
 
 
-def random_llama() -> "PreTrainedModel":
-    """A llama of about 130 million parameters with random weights."""
+def random_llama(device: str) -> "PreTrainedModel":
+    """A float32 llama of about 130 million parameters with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +66,7 @@ def random_llama() -> "PreTrainedModel":
         vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=1024,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
 
 
 def random_pairs(count: int, vocabulary: int) -> list[PairTokens]:
@@ -82,7 +82,8 @@ def random_pairs(count: int, vocabulary: int) -> list[PairTokens]:
 def bare(model: "PreTrainedModel", pairs: list[PairTokens]) -> None:
     """The forward passes that localization needs, and nothing else."""
     for batch in batches(pairs, BATCH_TOKENS):
-        begin(model, batch).run(model)
+        states = begin(model, batch).run(model)
+    states[0, 0, 0].item()  # waits for the device, as localization does at its end
 
 
 def straightforward(model: "PreTrainedModel", pairs: list[PairTokens]) -> list[list[float]]:
@@ -114,7 +115,7 @@ def _activations(model: "PreTrainedModel", text: Tokens) -> "list[Tensor]":
         module = port(model, facts, layer, SITE).module
         hooks.append(module.register_forward_hook(lambda _, __, output: kept.append(output.clone())))
     with torch.no_grad():
-        model(torch.tensor([text]), output_hidden_states=True)
+        model(torch.tensor([text], device=model.device), output_hidden_states=True)
     for hook in hooks:
         hook.remove()
     return kept

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -18,14 +19,19 @@ class Estimate:
     high: float
 
 
-def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    measures: Mapping[str, Callable[[], float]], rounds: int, until: float = inf, least: int = 3
+) -> dict[str, list[float]]:
     """Every measure once a round, each round beginning with the next one.
 
-    What drifts (clock, cache, other jobs) then meets all of them alike.
+    What drifts (clock, cache, other jobs) then meets all of them alike. After the moment `until` (perf_counter)
+    no new round begins, once there are `least`.
     """
     names = list(measures)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
+        if number >= least and perf_counter() > until:
+            break
         for name in np.roll(names, -number).tolist():
             samples[name].append(measures[name]())
     return samples

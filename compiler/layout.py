@@ -63,7 +63,8 @@ class Layout:
             for linear in (entry.attn_out, entry.ffn_out, *entry.inputs):
                 if not (self.facts.has_experts(layer) and "neurons" in (linear.inputs, *linear.outputs)):
                     self._require_linear(self.name(layer, linear), linear)
-            self.weights(layer, "ffn_out")
+            if self.facts.has_experts(layer):
+                self._require_experts(layer)
 
     def _require_linear(self, name: str, linear: Linear) -> None:
         inputs, outputs = self.facts.axis(linear.inputs), sum(map(self.facts.axis, linear.outputs))
@@ -71,6 +72,11 @@ class Layout:
         self._require(name + ".weight", weight)
         if self.facts.has_bias(linear):
             self._require(name + ".bias", (outputs,))
+
+    def _require_experts(self, layer: int) -> None:
+        matrix = (self.facts.geometry.residual, self.facts.expert_neurons)
+        for tensor in self.weights(layer, "ffn_out"):
+            self._require(tensor.name, matrix if len(tensor.shape) < 3 else (self.facts.expert_count, *matrix))
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         tensor = self._tensor(name)

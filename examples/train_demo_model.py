@@ -134,7 +134,7 @@ def contrastive_pairs(rng: random.Random, count: int) -> list[dict[str, str]]:
         sentences, feelings = tell(rng)
         cut, frame = rng.choice(feelings)
         prompt = " ".join([*sentences[:cut], frame])
-        good, bad = rng.choices(list(zip(POSITIVE, NEGATIVE)), FREQUENCY)[0]
+        good, bad = rng.choices(list(zip(POSITIVE, NEGATIVE, strict=True)), FREQUENCY)[0]
         rows[prompt] = {"prompt": prompt, "positive": f" {good}", "negative": f" {bad}"}
     return list(rows.values())
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -220,6 +219,8 @@ def test_output_exists(kind: str, model: Path, program: Path, tmp_path: Path):
 
 
 def test_file_size_limit(model: Path, program: Path, tmp_path: Path):
+    resource = pytest.importorskip("resource")
+
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 

@@ -1,0 +1,51 @@
+"""python -m benchmarks: runs benchmarks, prints their tables, and exits with 1 if a limit is broken."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from benchmarks import compile as compiling
+from benchmarks import localize, serving
+from benchmarks.report import Report
+
+
+def main() -> int:
+    """The exit code."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was written is removed then too
+    given = _parser().parse_args()
+    # Compiling first: it measures small processes from a small one, and the others load torch.
+    runs: dict[str, Callable[[], Report]] = {
+        "compile": lambda: compiling.run(given.sizes, given.rounds or 3),
+        "localize": lambda: localize.run(given.rounds or 7, device=given.device),
+        "serving": lambda: serving.run(given.device, given.rounds or 15),
+    }
+    reports = [runs[name]() for name in runs if given.benchmark in (name, "all")]
+    for report in reports:
+        report.publish()
+        if given.json:
+            print(report.json())
+    return int(any(report.broken for report in reports))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("benchmark", nargs="?", default="all", choices=["compile", "localize", "serving", "all"])
+    parser.add_argument("--sizes", type=_sizes, default=tuple(compiling.SHAPES), help="compile: GB, such as 1,4")
+    parser.add_argument("--rounds", type=int, help="measurements of each thing")
+    parser.add_argument("--device", default="cpu", help="localize and serving: a torch device (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print the JSON too")
+    return parser
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(int, text.split(",")))
+    if unknown := set(sizes) - compiling.SHAPES.keys():
+        raise argparse.ArgumentTypeError(f"no such size: {sorted(unknown)}; there are {sorted(compiling.SHAPES)}")
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

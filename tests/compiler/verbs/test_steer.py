@@ -1,0 +1,104 @@
+"""steer on the demo model: found, searched, written, certified; and what it says where it does not help."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from austeer.compiler import CheckFailed, OutputError, Program
+from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
+from austeer.compiler.pairs import read_pairs
+from austeer.compiler.verbs.common import Settings
+from austeer.compiler.verbs.demo import MODEL
+from austeer.compiler.verbs.steer import Steering, steer
+
+CPU = Settings(device="cpu")
+PAIRS, NEUTRAL = MODEL / "pairs.jsonl", MODEL / "neutral.txt"
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Steering:
+    out = tmp_path_factory.mktemp("steer") / "out"
+    return steer(str(MODEL), PAIRS, out, top_k=8, neutral=NEUTRAL, settings=CPU)
+
+
+def test_the_search_helps_within_the_drift_limit(searched: Steering):
+    assert searched.search is not None
+    best = searched.search.best
+    assert best is not None
+    assert best.effect is not None
+    assert best.effect.accuracy >= searched.search.base.accuracy + 0.1
+    assert best.drift <= 0.1
+    assert (searched.k, searched.alpha, searched.drift) == (best.k, best.alpha, best.drift)
+
+
+def test_the_manifest_records_the_search_and_no_text_or_path(searched: Steering):
+    manifest = read_manifest(Path(searched.out))
+    record = manifest["steer"]
+    assert len(record["search"]["table"]) == len(searched.plain()["search"]["table"])
+    assert record["pairs"]["fitted"] + record["pairs"]["held_out"] == len(read_pairs(PAIRS))
+    assert 0.15 < record["pairs"]["held_out"] / len(read_pairs(PAIRS)) < 0.25
+    text = (Path(searched.out) / MANIFEST).read_text()
+    assert str(Path(searched.out).parent) not in text
+    assert str(MODEL.parent) not in text
+    assert not any(pair.prompt in text for pair in read_pairs(PAIRS))
+
+
+def test_the_output_is_certified_and_carries_program_and_card(searched: Steering):
+    out = Path(searched.out)
+    assert searched.certificate is not None
+    assert searched.certificate.passed
+    assert searched.certificate.greedy_equal
+    assert Program.load(out / PROGRAM) == searched.program
+    card = (out / "README.md").read_text()
+    assert "base_model: demo_model" in card
+    assert "license: apache-2.0" in card  # the base's own
+    assert searched.program.sha256 in card
+
+
+def test_the_seed_decides_what_is_held_out(searched: Steering, tmp_path: Path):
+    same = steer(str(MODEL), PAIRS, tmp_path / "a", top_k=8, neutral=NEUTRAL, program_only=True, settings=CPU)
+    other = steer(
+        str(MODEL), PAIRS, tmp_path / "b", top_k=8, neutral=NEUTRAL, program_only=True,
+        settings=Settings(device="cpu", seed=1),
+    )  # fmt: skip
+    assert same.program == searched.program
+    assert other.plain()["search"]["base"] != searched.plain()["search"]["base"]
+
+
+def test_with_both_given_every_pair_localizes_and_neutral_text_is_sampled(tmp_path: Path):
+    report = steer(str(MODEL), PAIRS, tmp_path / "out", top_k=5, alpha=1.0, settings=CPU)
+    assert report.search is None
+    record = read_manifest(tmp_path / "out")["steer"]
+    assert record["pairs"]["fitted"] == len(read_pairs(PAIRS))
+    assert record["pairs"]["held_out"] == 0
+    assert sum(len(edit["units"]) for edit in (e.plain() for e in report.program.edits)) == 5
+    assert report.drift > 0
+
+
+def test_program_only_writes_a_program_even_for_the_residual_site(tmp_path: Path):
+    report = steer(
+        str(MODEL), PAIRS, tmp_path / "program", site="layer", top_k=2, alpha=0.5, program_only=True, settings=CPU
+    )
+    assert Program.load(tmp_path / "program") == report.program
+    assert {edit.site for edit in report.program.edits} == {"residual"}
+    assert [path.name for path in tmp_path.iterdir()] == ["program"]
+
+
+def test_where_steering_does_not_help_nothing_is_written(tmp_path: Path):
+    # The base prefers every positive already, so that nothing can be won.
+    rows = [{"prompt": f"{pair.prompt}", "positive": " the", "negative": " carrot"} for pair in read_pairs(PAIRS)[:40]]
+    easy = [{**row, "prompt": "Once upon a time there was", "positive": " a", "negative": f" {word}"} for row, word in
+            zip(rows, ("carrot", "boots", "tree", "Tom") * 10, strict=True)]  # fmt: skip
+    for number, row in enumerate(easy):
+        row["prompt"] = f"{'Tom was happy. ' * (number + 1)}{row['prompt']}"
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, easy)))
+    with pytest.raises(CheckFailed, match="does not help") as caught:
+        steer(str(MODEL), tmp_path / "pairs.jsonl", tmp_path / "out", top_k=2, neutral=NEUTRAL, settings=CPU)
+    assert "held-out accuracy of 1.000" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(OutputError, match="exists"):
+        steer(str(tmp_path / "no model"), PAIRS, tmp_path, settings=CPU)
