@@ -15,6 +15,8 @@ def main() -> int:
     """The exit code."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was written is removed then too
+    # One thread a process: threads that wait for each other on a shared machine measure the scheduler.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     given = _parser().parse_args()
     # Compiling first: it measures small processes from a small one, and the others load torch.
     runs: dict[str, Callable[[], Report]] = {

@@ -26,6 +26,8 @@ METHOD = (
 
 def run(rounds: int = 7, pairs: int = 64, plain_pairs: int = 8, device: str = "cpu") -> Report:
     """Localizes `pairs` pairs both ways; the straightforward way on the first `plain_pairs` only."""
+    import torch
+
     model = random_llama(device)
     data = random_pairs(pairs, model.config.vocab_size)
     few = data[:plain_pairs]
@@ -45,7 +47,15 @@ def run(rounds: int = 7, pairs: int = 64, plain_pairs: int = 8, device: str = "c
         max(3, rounds // 2),
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    details = {"parameters": parameters, "pairs": pairs, "plain_pairs": plain_pairs, "taken": taken, "plain": plain}
+    details = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "parameters": parameters,
+        "pairs": pairs,
+        "plain_pairs": plain_pairs,
+        "taken": taken,
+        "plain": plain,
+    }
     rows = [
         Row("localize / bare forward passes", ratio(taken["localize"], taken["bare"]), at_most=MOST_OVERHEAD),
         Row(

@@ -41,11 +41,18 @@ def run(device: str = "cpu", rounds: int = 15, new_tokens: int = 64, budget: flo
 
     After `budget` seconds nothing new is begun.
     """
+    import torch
+
     until = perf_counter() + budget
     small = device == "cpu"
     report = Report("serving", METHOD.format(compiled=ON_DISK if small else IN_PLACE))
     with _small() if small else _large(device) as models:
-        report.details |= {"device": device, "new_tokens": new_tokens, **_compared(models)}
+        report.details |= {
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "new_tokens": new_tokens,
+            **_compared(models),
+        }
         _measure("eager", models, partial(_generate, new_tokens=new_tokens), rounds, until, report)
         if not small:
             _graphs(models, new_tokens, rounds, until, report)
@@ -55,9 +62,12 @@ def run(device: str = "cpu", rounds: int = 15, new_tokens: int = 64, budget: flo
 @contextmanager
 def _small() -> Iterator[Models]:
     """A small float32 llama on the CPU, compiled by way of the disk."""
+    from transformers.utils import logging
+
     from austeer.compiler.live import load_model
     from austeer.compiler.verbs.build import build
 
+    logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:
         base, source, out = (Path(scratch, name) for name in ("base", "program.safetensors", "out"))
         _random(SMALL, "cpu", "float32").save_pretrained(base)

@@ -89,7 +89,7 @@ def describe(edit: Edit) -> str:
         )
         more = f", … {len(edit.units) - 8} more" if len(edit.units) > 8 else ""
         return f"{len(edit.units)} units ({units}{more})"
-    sizes = (f"|{name}| = {float((getattr(edit, name) ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
+    sizes = (f"|{name}| = {float((getattr(edit, name).astype('f8') ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
     strength = [f"strength {edit.scalars()['strength']:.4g}"] if "strength" in edit.scalars() else []
     return ", ".join([*strength, *sizes])
 

@@ -88,9 +88,9 @@ def search(
 def climb(
     measured: Callable[[Sequence[Trial]], list[Trial]], counts: Sequence[int], alpha: float | None, limit: float
 ) -> list[Trial]:
-    """For each k, trials up to one whose drift is just within `limit`; all k of a round are measured together.
+    """For each k, trials up to an α whose drift is just within `limit`, and one at half of it.
 
-    With `alpha` given, that one only. `measured` fills in the drift of trials.
+    All k of a round are measured together. With `alpha` given, that one only. `measured` fills in the drift of trials.
     """
     tried: list[Trial] = []
     wanted = [Trial(k, START if alpha is None else alpha, 0.0) for k in counts]
@@ -100,7 +100,11 @@ def climb(
         wanted = [Trial(k, strength, 0.0) for k, strength in strengths if strength is not None]
         if not wanted:
             break
-    return tried
+    if alpha is not None:
+        return tried
+    strongest = {t.k: t.alpha for t in sorted(tried, key=lambda t: t.alpha) if t.drift <= limit}
+    halves = [Trial(k, strength / 2, 0.0) for k, strength in strongest.items()]  # on some models less is more
+    return tried + (measured(halves) if halves else [])
 
 
 def next_alpha(tried: Sequence[Trial], limit: float) -> float | None:

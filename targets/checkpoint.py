@@ -66,7 +66,7 @@ class Plan:
     def peak_bytes(self) -> int:
         """An upper estimate of the working memory: the blocks in flight, and each job's vectors."""
         widest = max((sum(m.shape) for job in self.jobs for m in job.matrices), default=0)
-        return 6 * 4 * max(BLOCK, widest) if self.jobs else 0
+        return 10 * 4 * max(BLOCK, widest) if self.jobs else 0
 
     def in_shard(self, name: str) -> list[Job]:
         """The jobs of one file."""

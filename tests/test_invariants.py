@@ -12,7 +12,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +22,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.tiny import CONFIGS, VARIANTS, Tiny, bare, fused, load, logits, on_disk, program, sharded, stored, tokens
 
 from austeer.compiler import CheckpointError, Edit, Program, Rank1, Refused, Scale, Shift, certificate, interpret
 from austeer.compiler.verbs.build import build
+from tests.tiny import CONFIGS, VARIANTS, Tiny, bare, fused, load, logits, on_disk, program, sharded, stored, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = [ROOT / name for name in ("compiler", "passes", "targets")]
@@ -173,9 +172,7 @@ def check_only_declared_changed(base: Path, out: Path) -> int:
             first, last = (start + offset for offset in entry["data_offsets"])
             shape = entry["shape"]
             size = (last - first) // int(np.prod(shape))
-            before, after = (
-                np.frombuffer(data[first:last], np.uint8).reshape(*shape, size) for data in (old, new)
-            )
+            before, after = (np.frombuffer(data[first:last], np.uint8).reshape(*shape, size) for data in (old, new))
             different = (before != after).any(axis=-1)
             outside = different & ~declared(manifest, name, shape)
             assert not outside.any(), f"{name} changed at {np.argwhere(outside)[:3].tolist()}"
@@ -399,7 +396,14 @@ def offences(source: str) -> list[str]:
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found += {word.partition(".")[0] for word in names + module} & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+        found += {word.partition(".")[0] for word in names + module} & {
+            "pickle",
+            "dill",
+            "cloudpickle",
+            "marshal",
+            "shelve",
+            "joblib",
+        }
     return found
 
 

@@ -96,19 +96,19 @@ class Tiny:
 
 
 def _decoder(tiny: Tiny) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY,
-        hidden_size=tiny.residual,
-        intermediate_size=tiny.neurons,
-        num_hidden_layers=tiny.layers,
-        num_attention_heads=tiny.heads,
-        num_key_value_heads=tiny.kv_heads,
-        head_dim=tiny.head_dim,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": tiny.residual,
+        "intermediate_size": tiny.neurons,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.kv_heads,
+        "head_dim": tiny.head_dim,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def _decoder_with(**more: Any) -> Callable[[Tiny], dict[str, Any]]:
@@ -124,12 +124,16 @@ def _llama(tiny: Tiny) -> dict[str, Any]:
 
 
 def _qwen3_moe(tiny: Tiny) -> dict[str, Any]:
-    experts = dict(num_experts=tiny.experts, num_experts_per_tok=2, moe_intermediate_size=_by_four(tiny.neurons // 2))
+    experts = {
+        "num_experts": tiny.experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": _by_four(tiny.neurons // 2),
+    }
     return {**_with_attention_bias(tiny), **experts, "mlp_only_layers": list(tiny.dense), "norm_topk_prob": True}
 
 
 def _mixtral(tiny: Tiny) -> dict[str, Any]:
-    experts = dict(num_local_experts=tiny.experts, num_experts_per_tok=2)
+    experts = {"num_local_experts": tiny.experts, "num_experts_per_tok": 2}
     return {**_decoder(tiny), **experts, "intermediate_size": _by_four(tiny.neurons)}
 
 
@@ -139,16 +143,16 @@ def _by_four(size: int) -> int:
 
 
 def _gpt2(tiny: Tiny) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY,
-        n_embd=tiny.heads * tiny.head_dim,
-        n_layer=tiny.layers,
-        n_head=tiny.heads,
-        n_inner=tiny.neurons,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return {
+        "vocab_size": VOCABULARY,
+        "n_embd": tiny.heads * tiny.head_dim,
+        "n_layer": tiny.layers,
+        "n_head": tiny.heads,
+        "n_inner": tiny.neurons,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def _gpt_neox(tiny: Tiny) -> dict[str, Any]:
@@ -157,17 +161,17 @@ def _gpt_neox(tiny: Tiny) -> dict[str, Any]:
 
 
 def _opt(tiny: Tiny) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY,
-        hidden_size=tiny.heads * tiny.head_dim,
-        ffn_dim=tiny.neurons,
-        num_hidden_layers=tiny.layers,
-        num_attention_heads=tiny.heads,
-        max_position_embeddings=64,
-        word_embed_proj_dim=tiny.heads * tiny.head_dim,
-        enable_bias=tiny.biases,
-        do_layer_norm_before=not tiny.post_norm,
-    )
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": tiny.heads * tiny.head_dim,
+        "ffn_dim": tiny.neurons,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": tiny.heads * tiny.head_dim,
+        "enable_bias": tiny.biases,
+        "do_layer_norm_before": not tiny.post_norm,
+    }
 
 
 CONFIGS: Mapping[str, Callable[[Tiny], dict[str, Any]]] = {

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import CONFIGS, Tiny, load, logits, on_disk, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -14,9 +13,10 @@ from austeer.compiler import CheckpointError
 from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.facts import facts_of, read_facts
 from austeer.compiler.live import block_of, live_facts, port
+from tests.tiny import CONFIGS, Tiny, load, logits, on_disk, tokens
 
 # All sizes differ, so that no shape agrees by chance.
-SHAPES = dict(heads=6, kv_heads=3, head_dim=10, residual=36, neurons=44, layers=2)
+SHAPES = {"heads": 6, "kv_heads": 3, "head_dim": 10, "residual": 36, "neurons": 44, "layers": 2}
 SITES = ("heads", "attn", "neurons", "ffn", "residual")
 EVERY = [Tiny(name, **SHAPES, biases=biases) for name in CONFIGS for biases in (True, False)]
 
@@ -56,7 +56,9 @@ def test_linear_maps_have_these_names_shapes_and_biases(pair: tuple[Tiny, Any]) 
 def test_no_linear_map_of_a_block_is_missing(pair: tuple[Tiny, Any]) -> None:
     tiny, model = pair
     facts = live_facts(model)
-    known = {linear.name for linear in (facts.architecture.attn_out, facts.architecture.ffn_out, *facts.architecture.inputs)}
+    known = {
+        linear.name for linear in (facts.architecture.attn_out, facts.architecture.ffn_out, *facts.architecture.inputs)
+    }
     for layer in range(tiny.layers):
         modules = block_of(model, facts, layer).named_modules()
         found = {path for path, module in modules if isinstance(module, (nn.Linear, Conv1D))}
@@ -127,7 +129,9 @@ def test_a_post_norm_stands_where_the_table_says(pair: tuple[Tiny, Any]) -> None
         facts = live_facts(model)
         outs = []
         block = block_of(model, facts, 0)
-        block.register_forward_hook(lambda _, __, output: outs.append(output[0] if isinstance(output, tuple) else output))  # noqa: B023
+        block.register_forward_hook(
+            lambda _, __, output: outs.append(output[0] if isinstance(output, tuple) else output)
+        )  # noqa: B023
         logits(model, tokens())
         port(model, facts, 0, "ffn").module.register_forward_hook(
             lambda _, __, output: (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import CONFIGS, Tiny, on_disk
 
 from austeer.compiler import CheckpointError, ProgramError, Refused
 from austeer.compiler.facts import Geometry, facts_of, read_facts
+from tests.tiny import CONFIGS, Tiny, on_disk
 
 LLAMA = {
     "model_type": "llama",

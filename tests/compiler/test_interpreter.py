@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import CONFIGS, VARIANTS, Tiny, load, logits, on_disk, program, tokens
 from torch import Tensor
 
 from austeer.compiler import Edit, Program, ProgramError, Rank1, Scale, Shift, interpret
+from tests.tiny import CONFIGS, VARIANTS, Tiny, load, logits, on_disk, program, tokens
 
 PADDED = ("llama", "gpt2", "opt", "qwen3_moe")
 
@@ -251,7 +251,7 @@ def test_generate_is_steered(architecture: str) -> None:
     made, model, ids = program(tiny), load(on_disk(tiny)), tokens(1, 5)
 
     def generated() -> list[int]:
-        options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
 
     plain = generated()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import CONFIGS, PREFIXES, Tiny, bare, fused, on_disk, rewritten, sharded, stored
 
 from austeer.compiler import CheckpointError
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.facts import facts_of
 from austeer.compiler.layout import Layout
+from tests.tiny import CONFIGS, PREFIXES, Tiny, bare, fused, on_disk, rewritten, sharded, stored
 
 
 def layout(folder: Path) -> Layout:

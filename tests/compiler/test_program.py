@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 from safetensors.torch import save as save_torch
-from tests.tiny import Tiny, on_disk, program, scratch
 
 from austeer.compiler import CheckpointError, Edit, Program, ProgramError, Rank1, Refused, Scale, Shift, SpaceError
 from austeer.compiler.facts import Geometry
+from tests.tiny import Tiny, on_disk, program, scratch
 
 MODEL = Geometry("m", "llama", layers=2, residual=3, heads=4, neurons=6)
 SCALE = Scale(1, "ffn", [2, 0], [0.5, -0.25])

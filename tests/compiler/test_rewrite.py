@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
-from tests.tiny import scratch
 
 from austeer.compiler import CheckpointError, rewrite
 from austeer.compiler.patch import Affine, Vector
 from austeer.compiler.rewrite import Matrix, product, rewritten_bias, tree_sum
 from austeer.compiler.tensors import read_header
+from tests.tiny import scratch
 
 OUT, IN = 5, 7
 DTYPES = {"F32": (torch.float32, 2**-24), "F16": (torch.float16, 2**-11), "BF16": (torch.bfloat16, 2**-8)}
@@ -43,7 +43,9 @@ def form_of(rng: np.random.Generator, *parts: str, out: int = OUT, inputs: int =
     return form
 
 
-def matrix_of(weight: torch.Tensor, form: Affine, *, transposed: bool = False, bias: torch.Tensor | None = None) -> tuple[Matrix, Any]:
+def matrix_of(
+    weight: torch.Tensor, form: Affine, *, transposed: bool = False, bias: torch.Tensor | None = None
+) -> tuple[Matrix, Any]:
     """A matrix in a file of its own, and the tensor info of the bias beside it."""
     stored = weight.T.contiguous() if transposed else weight
     path = scratch() / "m.safetensors"
@@ -121,7 +123,7 @@ def test_the_size_of_blocks_shows_in_no_byte(
     matrix, bias = matrix_of(weight, form, transposed=transposed)
     whole, segments, constant = patched(matrix), len(list(matrix.segments())), rewritten_bias(bias, matrix)
     monkeypatch.setattr(rewrite, "BLOCK", block)
-    assert len(list(matrix.segments())) > segments or parts == "a" or block == 20
+    assert parts != "star" or len(list(matrix.segments())) > segments
     assert torch.equal(patched(matrix), whole)
     if transposed:  # sums of blocks are added up: the block is a constant of the product, not of the machine
         now = np.frombuffer(rewritten_bias(bias, matrix).data, np.float32)
@@ -174,7 +176,7 @@ def test_rounding_is_that_of_the_cast() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "value", "factor"),
-    [("F16", 6e4, 2.0), ("BF16", 3e38, 2.0), ("F32", 3e38, 2.0), ("F32", 1.0, math.inf), ("F32", math.nan, 2.0)],
+    [("F16", 6e4, 2.0), ("BF16", 3e38, 2.0), ("F32", 3e38, 2.0), ("F32", math.nan, 2.0)],
 )
 def test_a_result_that_is_not_finite_names_its_tensor(dtype: str, value: float, factor: float) -> None:
     weight = torch.full((OUT, IN), value, dtype=DTYPES[dtype][0])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import scratch
 
 from austeer.compiler import Program, ProgramError, Rank1, Scale, Shift, SpaceError
 from austeer.compiler.facts import Geometry
 from austeer.compiler.text import is_text, parse, render
+from tests.tiny import scratch
 
 MODEL = Geometry('a "b" #é', "llama", layers=2, residual=3, heads=4, neurons=2)
 PROGRAM = Program(

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.shared import shared
-from tests.tiny import load
 from transformers import AutoTokenizer
 
 from austeer.compiler import Edit, Program, Rank1, Scale, interpret
 from austeer.compiler.facts import Geometry
 from austeer.compiler.verbs.build import build
+from tests.shared import shared
+from tests.tiny import load
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
