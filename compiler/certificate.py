@@ -63,7 +63,7 @@ class Certificate:
         """The figures for people: (what, of the compiled model, of the unedited base)."""
         rows = (
             ("max abs logit difference", self.max_abs_logit_diff, self.base_max_abs_logit_diff),
-            ("mean KL, nats per token", self.mean_kl, self.base_mean_kl),
+            ("mean KL from the reference, nats per token", self.mean_kl, self.base_mean_kl),
             ("top-1 agreement", self.top1_agreement, self.base_top1_agreement),
         )
         return [(what, f"{ours:.4g}", f"{base:.4g}") for what, ours, base in rows]

@@ -48,8 +48,8 @@ def _(report: BuildReport) -> None:
 @show.register
 def _(report: Steering) -> None:
     console = _console()
-    if report.search is not None:
-        found = report.search
+    if report.choice.search is not None:
+        found = report.choice.search
         rows = [("base", "", "0", *_effect(found.base), "")] + [
             (str(t.k), f"{t.alpha:.4g}", f"{t.drift:.4f}", *_effect(t.effect), "<-" if t == found.best else "")
             for t in found.table
@@ -57,8 +57,8 @@ def _(report: Steering) -> None:
         columns = ("k", "alpha", "drift", "accuracy", "margin", "")
         _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
     console.print(
-        f"Scaled {report.k} units at site {report.site} with alpha {report.alpha:.4g}; "
-        f"drift {report.drift:.4f} nats per token"
+        f"Scaled {report.choice.k} units at site {report.site} with alpha {report.choice.alpha:.4g}; "
+        f"drift {report.choice.drift:.4f} nats per token"
     )
     _end(report.out, report.certificate, report.notes)
 

@@ -19,11 +19,12 @@ def main() -> None:
         report = steer(
             str(MODEL), MODEL / "pairs.jsonl", out, top_k=8, neutral=MODEL / "neutral.txt", settings=settings
         )
-        assert report.search is not None
-        for trial in report.search.table:
+        found = report.choice.search
+        assert found is not None
+        for trial in found.table:
             accuracy = f"{trial.effect.accuracy:.3f}" if trial.effect else "beyond the limit"
             print(f"k {trial.k}  alpha {trial.alpha:.3f}  drift {trial.drift:.4f}  accuracy {accuracy}")
-        print(f"base {report.search.base.accuracy:.3f}; chosen: k {report.k}, alpha {report.alpha:.3f}")
+        print(f"base {found.base.accuracy:.3f}; chosen: k {report.choice.k}, alpha {report.choice.alpha:.3f}")
         print("verified:", verify(out, base=str(MODEL), texts=MODEL / "neutral.txt", settings=settings).passed)
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.edits import Scale
 from austeer.compiler.errors import CheckFailed, OutputError, Refused, UsageError
-from austeer.compiler.live import load_model, load_tokenizer
+from austeer.compiler.forward import longest_text
+from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import drifts
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import Pair, read_pairs, read_texts, split_by_prompt
 from austeer.compiler.program import Program
-from austeer.compiler.sites import SiteName, site_named
-from austeer.compiler.tokens import Tokens, encode_pairs, encode_texts, take_tokens
+from austeer.compiler.sites import SPACE, SiteName, site_named
+from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
 from austeer.compiler.verbs.common import (
     Base,
     Settings,
@@ -28,7 +29,7 @@ from austeer.compiler.verbs.common import (
     write_compiled,
 )
 from austeer.passes.legalize import refusal
-from austeer.passes.localize import localize, select
+from austeer.passes.localize import Scores, localize, select
 from austeer.passes.search import Search, search
 
 if TYPE_CHECKING:
@@ -40,16 +41,23 @@ CERTIFIED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How many units, how strongly, the drift that this costs, and the search that chose them."""
+
+    k: int
+    alpha: float
+    drift: float
+    search: Search | None = None
+
+
+@dataclass(frozen=True)
 class Steering:
     """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only)."""
 
     out: str
     program: Program
     site: SiteName
-    k: int
-    alpha: float
-    drift: float
-    search: Search | None
+    choice: Choice
     certificate: Certificate | None
     notes: tuple[str, ...]
 
@@ -60,10 +68,10 @@ class Steering:
             "sha256": self.program.sha256,
             "edits": len(self.program.edits),
             "site": self.site,
-            "top_k": self.k,
-            "alpha": self.alpha,
-            "drift": self.drift,
-            "search": asdict(self.search) if self.search else None,
+            "top_k": self.choice.k,
+            "alpha": self.choice.alpha,
+            "drift": self.choice.drift,
+            "search": asdict(self.choice.search) if self.choice.search else None,
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -77,6 +85,11 @@ class Goal:
     top_k: int | None
     alpha: float | None
     max_drift: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to choose, so that no pair has to be held out."""
+        return self.top_k is not None and self.alpha is not None
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -112,6 +125,7 @@ def steer(
         raise OutputError(f"{out} exists already; it is not overwritten. Give another name, or remove it first")
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
     base = open_base(model, revision)
+    _require_units(goal, base)
     if not program_only:
         _require_foldable(goal.site, base)
     finding = _find(base, goal, samples, texts, settings)
@@ -134,12 +148,9 @@ class Finding:
     """What a live model said: the program, how it was chosen, and texts that were not used to fit it."""
 
     program: Program
-    k: int
-    alpha: float
-    drift: float
+    choice: Choice
     fitted: int
     held_out: int
-    search: Search | None
     texts: list[Tokens]
     notes: tuple[str, ...]
 
@@ -149,28 +160,58 @@ def _find(
 ) -> Finding:
     model = load_model(base.path, dtype=settings.dtype, device=settings.device)
     tokenizer = load_tokenizer(base.path)
-    length = settings.length_for(base.checkpoint.config)
-    complete = goal.top_k is not None and goal.alpha is not None
-    fit, held = (samples, ()) if complete else split_by_prompt(samples, settings.seed)
+    length = min(settings.length_for(base.checkpoint.config), longest_text(model))
+    fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
     fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
-    scores = localize(model, fitted.pairs, goal.site, batch_tokens=settings.batch_tokens)
     plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
-    notes = (*_chat_notice(tokenizer, settings), *fitted.notes, *held_out.notes, *scores.notes, *cut)
+    scores = localize(model, fitted.pairs, goal.site, batch_tokens=settings.batch_tokens)
+    choice = _choose(model, scores, held_out.pairs, plain, goal, settings.batch_tokens)
     texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
+    notes = (
+        *_chat_notice(tokenizer, settings),
+        *fitted.notes,
+        *held_out.notes,
+        *scores.notes,
+        *cut,
+        *_doubts(choice, goal, len(held_out.pairs)),
+    )
+    program = select(scores, choice.k, choice.alpha, base.facts.geometry)
+    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
+
+
+def _choose(
+    model: "PreTrainedModel",
+    scores: Scores,
+    held_out: Sequence[PairTokens],
+    plain: Sequence[Tokens],
+    goal: Goal,
+    batch_tokens: int,
+) -> Choice:
+    """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
     if goal.top_k is not None and goal.alpha is not None:
-        program = select(scores, goal.top_k, goal.alpha, base.facts.geometry)
-        moved = drifts(model, plain, [program], settings.batch_tokens)[0]
-        return Finding(program, goal.top_k, goal.alpha, moved, len(fitted.pairs), 0, None, texts, notes)
+        program = select(scores, goal.top_k, goal.alpha, live_facts(model).geometry)
+        return Choice(goal.top_k, goal.alpha, drifts(model, plain, [program], batch_tokens)[0])
     found = search(
-        model, scores, held_out.pairs, plain,
-        max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=settings.batch_tokens,
+        model, scores, held_out, plain,
+        max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=batch_tokens,
     )  # fmt: skip
-    best = found.best
-    if best is None:
+    if found.best is None:
         raise CheckFailed(_no_help(found, goal))
-    program = select(scores, best.k, best.alpha, base.facts.geometry)
-    sizes = len(fitted.pairs), len(held_out.pairs)
-    return Finding(program, best.k, best.alpha, best.drift, *sizes, found, texts, notes)
+    return Choice(found.best.k, found.best.alpha, found.best.drift, found)
+
+
+def _doubts(choice: Choice, goal: Goal, pairs: int) -> tuple[str, ...]:
+    """Notices: the drift is beyond the limit, or the gain is within two standard errors of the base's accuracy."""
+    doubts: list[str] = []
+    if choice.drift > goal.max_drift:
+        doubts.append(f"the drift, {choice.drift:.3f} nats per token, is beyond --max-drift {goal.max_drift}")
+    best = choice.search.best if choice.search else None
+    if choice.search and best and best.effect:
+        before, after = choice.search.base.accuracy, best.effect.accuracy
+        if after - before <= 2 * math.sqrt(before * (1 - before) / pairs):
+            gain = f"the gain in accuracy, {before:.3f} to {after:.3f} on {pairs} held-out pairs, is small enough to be"
+            doubts.append(f"{gain} luck; measure the effect on other pairs, or give more")
+    return tuple(doubts)
 
 
 def _neutral_tokens(
@@ -212,6 +253,12 @@ def _require_foldable(site: SiteName, base: Base) -> None:
         )
 
 
+def _require_units(goal: Goal, base: Base) -> None:
+    units = base.facts.geometry.layers * base.facts.geometry.width(SPACE[goal.site])
+    if goal.top_k is not None and goal.top_k > units:
+        raise UsageError(f"--top-k {goal.top_k} is more than the {units} units at site {goal.site} of all layers")
+
+
 def _no_help(found: Search, goal: Goal) -> str:
     tried = ", ".join(sorted({str(trial.k) for trial in found.table}, key=int))
     return (
@@ -225,24 +272,21 @@ def _record(goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, A
     """For the manifest: how the program was found, without any pair text."""
     return {
         "site": goal.site,
-        "top_k": finding.k,
-        "alpha": finding.alpha,
+        "top_k": finding.choice.k,
+        "alpha": finding.choice.alpha,
         "max_drift": goal.max_drift,
-        "drift": finding.drift,
+        "drift": finding.choice.drift,
         "seed": seed,
         "pairs": {
             "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest(),
             "fitted": finding.fitted,
             "held_out": finding.held_out,
         },
-        "search": asdict(finding.search) if finding.search else None,
+        "search": asdict(finding.choice.search) if finding.choice.search else None,
     }
 
 
 def _report(
     out: Path, goal: Goal, finding: Finding, certificate: Certificate | None, kept: tuple[str, ...]
 ) -> Steering:
-    return Steering(
-        str(out), finding.program, goal.site, finding.k, finding.alpha, finding.drift,
-        finding.search, certificate, (*finding.notes, *kept),
-    )  # fmt: skip
+    return Steering(str(out), finding.program, goal.site, finding.choice, certificate, (*finding.notes, *kept))

@@ -123,22 +123,27 @@ def test_experts_lie_where_the_table_says(pair: tuple[Tiny, Any]) -> None:
 def test_a_post_norm_stands_where_the_table_says(pair: tuple[Tiny, Any]) -> None:
     # A constant added to what the FFN writes shifts the block's output by it, unless a norm comes between.
     tiny, _ = pair
-    variants = [replace(tiny, post_norm=True), tiny] if tiny.architecture == "opt" else [tiny]
-    for variant in variants:
+    for variant in [replace(tiny, post_norm=True), tiny] if tiny.architecture == "opt" else [tiny]:
         model = load(on_disk(variant))
-        facts = live_facts(model)
-        outs = []
-        block = block_of(model, facts, 0)
-        block.register_forward_hook(
-            lambda _, __, output: outs.append(output[0] if isinstance(output, tuple) else output)
-        )  # noqa: B023
-        logits(model, tokens())
-        port(model, facts, 0, "ffn").module.register_forward_hook(
-            lambda _, __, output: (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
-        )
-        logits(model, tokens())
-        shifted = torch.allclose(outs[1], outs[0] + 1, atol=1e-4)
-        assert shifted is not facts.post_norm
+        before = first_block(model)
+        port(model, live_facts(model), 0, "ffn").module.register_forward_hook(plus_one)
+        shifted = torch.allclose(first_block(model), before + 1, atol=1e-4)
+        assert shifted is not live_facts(model).post_norm
+
+
+def plus_one(_: Any, __: Any, output: Any) -> Any:
+    return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+def first_block(model: Any) -> torch.Tensor:
+    """What the first block gives."""
+    outputs: list[torch.Tensor] = []
+    handle = block_of(model, live_facts(model), 0).register_forward_hook(
+        lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    logits(model, tokens())
+    handle.remove()
+    return outputs[0]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

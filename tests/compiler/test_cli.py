@@ -256,6 +256,7 @@ def test_disk_full(model: Path, program: Path, tmp_path: Path):
     ("option", "value", "message"),
     [
         ("--top-k", "0", "--top-k"),
+        ("--top-k", "21", "20 units"),
         ("--alpha", "nan", "--alpha"),
         ("--max-drift", "0", "--max-drift"),
         ("--site", "mlp", "mlp"),

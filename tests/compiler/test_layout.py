@@ -102,7 +102,7 @@ def test_every_expert_must_be_there_in_its_shape(architecture: str, together: bo
         with pytest.raises(CheckpointError, match=rf"{name} has shape \[2, .* promises \[3, "):
             layout(few)
     gone = rewritten(source, tmp_path / "gone", lambda tensors: {key: tensors[key] for key in tensors if key != name})
-    with pytest.raises(CheckpointError, match="no tensor model.layers.0"):
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.0"):
         layout(gone)
 
 
@@ -110,7 +110,8 @@ def test_the_weights_of_another_architecture(tmp_path: Path) -> None:
     shutil.copytree(on_disk(Tiny("gpt2")), tmp_path / "m")
     shutil.copy(on_disk(Tiny("llama")) / "config.json", tmp_path / "m/config.json")
     with pytest.raises(
-        CheckpointError, match="no tensor model.layers.0.self_attn.o_proj.weight; these are not the weights of a llama"
+        CheckpointError,
+        match=r"no tensor model\.layers\.0\.self_attn\.o_proj\.weight; these are not the weights of a llama",
     ):
         layout(tmp_path / "m")
 

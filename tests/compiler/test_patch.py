@@ -1,4 +1,4 @@
-"""The normal form of a projection: vectors meet only tensors of their own space, and its algebra is that of the edits."""
+"""The normal form of a projection: vectors meet only tensors of their space, and its algebra is that of the edits."""
 
 from typing import Any
 

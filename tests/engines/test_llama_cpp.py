@@ -1,4 +1,4 @@
-"""A compiled checkpoint in llama.cpp, by its own converter, against the interpreter; the unedited base must not agree."""
+"""A compiled checkpoint in llama.cpp, by its own converter, against the interpreter; the base must not agree."""
 
 import json
 import subprocess

@@ -93,7 +93,7 @@ def test_all_refused_edits_are_named_and_only_those() -> None:
 
 
 def test_a_program_for_another_geometry_does_not_fit() -> None:
-    with pytest.raises(ProgramError, match="does not fit .*layers 2, not 3"):
+    with pytest.raises(ProgramError, match=r"does not fit .*layers 2, not 3"):
         legalize(program(Tiny("llama")), facts_of(Tiny("llama", layers=3)))
 
 

@@ -50,11 +50,14 @@ def last_activations(model: Any, site: SiteName, layers: tuple[int, ...], text: 
     return torch.stack([x.reshape(len(text), -1)[-1] for x in outputs])
 
 
-def naive(model: Any, site: SiteName, layers: tuple[int, ...], pairs: list[PairTokens]) -> Floats:
+def naive(
+    model: Any, site: SiteName, layers: tuple[int, ...], pairs: list[PairTokens], dtype: torch.dtype = torch.float32
+) -> Floats:
+    """The definition, one text at a time, with activations rounded to `dtype` before the subtraction."""
     more, less = 0, 0
     for pair in pairs:
         sides = (pair.positive, pair.negative)
-        positive, negative = (last_activations(model, site, layers, pair.prefix + side) for side in sides)
+        positive, negative = (last_activations(model, site, layers, pair.prefix + side).to(dtype) for side in sides)
         more, less = more + (positive > negative).int(), less + (positive < negative).int()
     beta = torch.maximum(more, less) / torch.tensor(len(pairs), dtype=torch.float32)
     return torch.where(more < less, -beta, beta).numpy()
@@ -127,10 +130,16 @@ def authors(site: SiteName) -> Floats:
     return np.array(scores, dtype=np.float32).reshape(5, 64)
 
 
+@pytest.mark.parametrize("site", AUTHORS)
+def test_the_authors_scores_one_text_at_a_time(site: SiteName) -> None:
+    model, pairs = parity()
+    np.testing.assert_array_equal(naive(model, site, tuple(range(5)), pairs, torch.float16), authors(site))
+
+
 @pytest.mark.parametrize(("site", "borderline"), [("heads", 1), ("ffn", 0), ("residual", 1)])
-def test_the_authors_scores_with_their_rounding(site: SiteName, borderline: int) -> None:
+def test_the_authors_scores_in_batches(site: SiteName, borderline: int) -> None:
     """Equal, but for one pair of one unit at two sites: there an activation lies within float32 noise (1e-6) of a
-    float16 rounding border, so the order of a sum decides. One text at a time on one CPU gives all 960 scores exactly.
+    float16 rounding border, so the order of a sum decides.
     """
     model, pairs = parity()
     found = localize(model, pairs, site, batch_tokens=4096, round_to_half=True).beta

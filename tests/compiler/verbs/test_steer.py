@@ -23,13 +23,14 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Steering:
 
 
 def test_the_search_helps_within_the_drift_limit(searched: Steering):
-    assert searched.search is not None
-    best = searched.search.best
+    found = searched.choice.search
+    assert found is not None
+    best = found.best
     assert best is not None
     assert best.effect is not None
-    assert best.effect.accuracy >= searched.search.base.accuracy + 0.1
+    assert best.effect.accuracy >= found.base.accuracy + 0.1
     assert best.drift <= 0.1
-    assert (searched.k, searched.alpha, searched.drift) == (best.k, best.alpha, best.drift)
+    assert (searched.choice.k, searched.choice.alpha, searched.choice.drift) == (best.k, best.alpha, best.drift)
 
 
 def test_the_manifest_records_the_search_and_no_text_or_path(searched: Steering):
@@ -68,12 +69,12 @@ def test_the_seed_decides_what_is_held_out(searched: Steering, tmp_path: Path):
 
 def test_with_both_given_every_pair_localizes_and_neutral_text_is_sampled(tmp_path: Path):
     report = steer(str(MODEL), PAIRS, tmp_path / "out", top_k=5, alpha=1.0, settings=CPU)
-    assert report.search is None
+    assert report.choice.search is None
     record = read_manifest(tmp_path / "out")["steer"]
     assert record["pairs"]["fitted"] == len(read_pairs(PAIRS))
     assert record["pairs"]["held_out"] == 0
     assert sum(len(edit["units"]) for edit in (e.plain() for e in report.program.edits)) == 5
-    assert report.drift > 0
+    assert report.choice.drift > 0
 
 
 def test_program_only_writes_a_program_even_for_the_residual_site(tmp_path: Path):
