@@ -100,6 +100,8 @@ def _(report: Demo) -> None:
         table.add_row(base, compiled)
     _console().print(table)
     show(report.verification)
+    if report.steering.out is None:
+        _console().print("The checkpoint was temporary; demo -o OUT keeps it.")
 
 
 def _program(program: Program) -> None:

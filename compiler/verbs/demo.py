@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL = Path(__file__).parents[1] / "demo_model"
-PROMPTS = ("Once upon a time", "One day, Mia", "The dog saw", "It was raining and Tom")
+PROMPTS = ("Once upon a time", "One day, Tom went to the", "The dog saw", "It was raining and Tom")
 TOKENS = 40
 
 
@@ -54,6 +54,8 @@ def demo(out: str | Path | None = None) -> Demo:
         verification = verify(folder, base=str(MODEL), texts=MODEL / "neutral.txt", settings=settings)
         tokenizer = load_tokenizer(MODEL)
         before, after = (_continuations(path, tokenizer) for path in (MODEL, folder))
+    if out is None:
+        steering = replace(steering, out=None)  # it was temporary
     return Demo(steering, verification, tuple(zip(before, after, strict=True)))
 
 

@@ -54,7 +54,7 @@ class Choice:
 class Steering:
     """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only)."""
 
-    out: str
+    out: str | None
     program: Program
     site: SiteName
     choice: Choice
