@@ -21,7 +21,7 @@ def main() -> int:
     # Compiling first: it measures small processes from a small one, and the others load torch.
     runs: dict[str, Callable[[], Report]] = {
         "compile": lambda: compiling.run(given.sizes, given.rounds or 3),
-        "localize": lambda: localize.run(given.rounds or 5, device=given.device),
+        "localize": lambda: localize.run(given.rounds or 9, device=given.device),
         "serving": lambda: serving.run(given.device, given.rounds or 15),
     }
     reports = [runs[name]() for name in runs if given.benchmark in (name, "all")]

@@ -34,9 +34,7 @@ def staged(out: Path, needed: int | None = None) -> Generator[Path]:
     `needed`, in bytes, only makes the message about a full disk say more. Raises OutputError if `out` exists,
     its parent does not, another build is writing it, or the file system refuses.
     """
-    _refuse_existing(out)
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no directory {out.parent}; create it first")
+    require_place(out)
     partial = out.parent / f".{out.name}.partial"
     with _as_output_errors(out, needed), _locked(partial, out):
         try:
@@ -50,6 +48,13 @@ def staged(out: Path, needed: int | None = None) -> Generator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     _sync_directory(out.parent)
+
+
+def require_place(out: Path) -> None:
+    """OutputError if `out` exists, or has nowhere to be."""
+    _refuse_existing(out)
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no directory {out.parent}; create it first")
 
 
 def write_file(path: Path, data: bytes) -> None:

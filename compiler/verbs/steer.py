@@ -1,53 +1,20 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
 import hashlib
-import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.edits import Scale
-from austeer.compiler.errors import CheckFailed, OutputError, Refused, UsageError
-from austeer.compiler.forward import longest_text
-from austeer.compiler.live import live_facts, load_model, load_tokenizer
-from austeer.compiler.measure import drifts
-from austeer.compiler.neutral import sample_neutral
-from austeer.compiler.pairs import Pair, read_pairs, read_texts, split_by_prompt
+from austeer.compiler.errors import Refused, UsageError
+from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName, site_named
-from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
-from austeer.compiler.verbs.common import (
-    Base,
-    Settings,
-    certificate_dtype,
-    open_base,
-    plan_for,
-    write_compiled,
-)
+from austeer.compiler.staging import require_place
+from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for, write_compiled
+from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.passes.legalize import refusal
-from austeer.passes.localize import Scores, localize, select
-from austeer.passes.search import Search, search
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NEUTRAL_TEXTS, NEUTRAL_TOKENS = 32, 64
-DRIFT_TOKENS = 8192
-CERTIFIED_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How many units, how strongly, the drift that this costs, and the search that chose them."""
-
-    k: int
-    alpha: float
-    drift: float
-    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -77,29 +44,6 @@ class Steering:
         }
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token)."""
-
-    site: SiteName
-    top_k: int | None
-    alpha: float | None
-    max_drift: float
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to choose, so that no pair has to be held out."""
-        return self.top_k is not None and self.alpha is not None
-
-    def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"--top-k must be at least 1, got {self.top_k}")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):
-            raise UsageError(f"--alpha must be a finite number other than 0, got {self.alpha}")
-        if not (math.isfinite(self.max_drift) and self.max_drift > 0):
-            raise UsageError(f"--max-drift must be a finite number above 0, got {self.max_drift}")
-
-
 def steer(
     model: str,
     pairs: str | Path,
@@ -121,14 +65,13 @@ def steer(
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     goal, out = Goal(site_named(site), top_k, alpha, max_drift), Path(out)
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists already; it is not overwritten. Give another name, or remove it first")
+    require_place(out)  # now, not after hours of work
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
         _require_foldable(goal.site, base)
-    finding = _find(base, goal, samples, texts, settings)
+    finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
         return _report(out, goal, finding, None, ())
@@ -141,106 +84,6 @@ def steer(
     extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
     certificate = write_compiled(plan, base, finding.program, out, certify=check, extra=extra)
     return _report(out, goal, finding, certificate, tuple(kept))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a live model said: the program, how it was chosen, and texts that were not used to fit it."""
-
-    program: Program
-    choice: Choice
-    fitted: int
-    held_out: int
-    texts: list[Tokens]
-    notes: tuple[str, ...]
-
-
-def _find(
-    base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str] | None, settings: Settings
-) -> Finding:
-    model = load_model(base.path, dtype=settings.dtype, device=settings.device)
-    tokenizer = load_tokenizer(base.path)
-    length = min(settings.length_for(base.checkpoint.config), longest_text(model))
-    fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
-    fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
-    plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
-    scores = localize(model, fitted.pairs, goal.site, batch_tokens=settings.batch_tokens)
-    choice = _choose(model, scores, held_out.pairs, plain, goal, settings.batch_tokens)
-    texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
-    notes = (
-        *_chat_notice(tokenizer, settings),
-        *fitted.notes,
-        *held_out.notes,
-        *scores.notes,
-        *cut,
-        *_doubts(choice, goal, len(held_out.pairs)),
-    )
-    program = select(scores, choice.k, choice.alpha, base.facts.geometry)
-    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
-
-
-def _choose(
-    model: "PreTrainedModel",
-    scores: Scores,
-    held_out: Sequence[PairTokens],
-    plain: Sequence[Tokens],
-    goal: Goal,
-    batch_tokens: int,
-) -> Choice:
-    """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
-    if goal.top_k is not None and goal.alpha is not None:
-        program = select(scores, goal.top_k, goal.alpha, live_facts(model).geometry)
-        return Choice(goal.top_k, goal.alpha, drifts(model, plain, [program], batch_tokens)[0])
-    found = search(
-        model, scores, held_out, plain,
-        max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=batch_tokens,
-    )  # fmt: skip
-    if found.best is None:
-        raise CheckFailed(_no_help(found, goal))
-    return Choice(found.best.k, found.best.alpha, found.best.drift, found)
-
-
-def _doubts(choice: Choice, goal: Goal, pairs: int) -> tuple[str, ...]:
-    """Notices: the drift is beyond the limit, or the gain is within two standard errors of the base's accuracy."""
-    doubts: list[str] = []
-    if choice.drift > goal.max_drift:
-        doubts.append(f"the drift, {choice.drift:.3f} nats per token, is beyond --max-drift {goal.max_drift}")
-    best = choice.search.best if choice.search else None
-    if choice.search and best and best.effect:
-        before, after = choice.search.base.accuracy, best.effect.accuracy
-        if after - before <= 2 * math.sqrt(before * (1 - before) / pairs):
-            gain = f"the gain in accuracy, {before:.3f} to {after:.3f} on {pairs} held-out pairs, is small enough to be"
-            doubts.append(f"{gain} luck; measure the effect on other pairs, or give more")
-    return tuple(doubts)
-
-
-def _neutral_tokens(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    given: Sequence[str] | None,
-    length: int,
-    seed: int,
-) -> tuple[Sequence[Tokens], tuple[str, ...]]:
-    """Plain text on which drift is measured: the user's, else sampled from the base."""
-    if given is not None:
-        tokens, notes = encode_texts(tokenizer, given, length)
-        taken = take_tokens(tokens, DRIFT_TOKENS)
-        left = (f"drift is measured on the first {len(taken)} of {len(tokens)} neutral texts ({DRIFT_TOKENS} tokens)",)
-        return taken, notes + left * (len(taken) < len(tokens))
-    return sample_neutral(model, tokenizer, NEUTRAL_TEXTS, min(NEUTRAL_TOKENS, length), seed), ()
-
-
-def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tuple[str, ...]:
-    if tokenizer.chat_template and settings.chat is None and not settings.raw:
-        return (
-            "this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",
-        )
-    return ()
-
-
-def _interleaved(first: Sequence[Tokens], second: Sequence[Tokens]) -> list[Tokens]:
-    """Alternately one of each, so that a budget takes some of both."""
-    return [text for both in zip_longest(first, second) for text in both if text is not None]
 
 
 def _require_foldable(site: SiteName, base: Base) -> None:
@@ -257,15 +100,6 @@ def _require_units(goal: Goal, base: Base) -> None:
     units = base.facts.geometry.layers * base.facts.geometry.width(SPACE[goal.site])
     if goal.top_k is not None and goal.top_k > units:
         raise UsageError(f"--top-k {goal.top_k} is more than the {units} units at site {goal.site} of all layers")
-
-
-def _no_help(found: Search, goal: Goal) -> str:
-    tried = ", ".join(sorted({str(trial.k) for trial in found.table}, key=int))
-    return (
-        f"steering at site {goal.site} does not help within a drift of {goal.max_drift} nats per token: none of "
-        f"{len(found.table)} trials (k of {tried}) beats the base's held-out accuracy of {found.base.accuracy:.3f}. "
-        "Nothing was written. Try another --site, a larger --max-drift, or more pairs"
-    )
 
 
 def _record(goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, Any]:

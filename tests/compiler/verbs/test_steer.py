@@ -103,3 +103,5 @@ def test_where_steering_does_not_help_nothing_is_written(tmp_path: Path):
 def test_an_existing_output_is_refused_before_any_work(tmp_path: Path):
     with pytest.raises(OutputError, match="exists"):
         steer(str(tmp_path / "no model"), PAIRS, tmp_path, settings=CPU)
+    with pytest.raises(OutputError, match="no directory"):
+        steer(str(tmp_path / "no model"), PAIRS, tmp_path / "gone" / "out", settings=CPU)
