@@ -121,12 +121,18 @@ def _measure(
     report: Report,
 ) -> None:
     """Adds one row for each model but the base."""
-    length = max(len(generate(model)) for model in models.values())  # the warm-up
+    made = {name: generate(model) for name, model in models.items()}  # the warm-up
+    length = max(map(len, made.values()))
     clock = clock_for(models["base"].device.type)
     measures = {name: partial(seconds, partial(generate, model), clock) for name, model in models.items()}
     taken = interleaved(measures, rounds, until)
     speed = {name: round(length / estimate(times).value, 2) for name, times in taken.items()}
-    report.details[mode] = {"rounds": len(taken["base"]), "tokens_per_second": speed, "seconds": taken}
+    report.details[mode] = {
+        "rounds": len(taken["base"]),
+        "tokens_per_second": speed,
+        "tokens_until_it_leaves_the_base": {name: _agreeing(tokens, made["base"]) for name, tokens in made.items()},
+        "seconds": taken,
+    }
     for name in models:
         if name != "base":
             note = f"{speed[name]} and {speed['base']} tokens/s, {len(taken['base'])} rounds"
@@ -137,8 +143,11 @@ def _measure(
 
 def _graphs(models: Models, new_tokens: int, rounds: int, until: float, report: Report) -> None:
     """The same through torch.compile with CUDA graphs, for each model that it takes before time is over."""
+    from torch._dynamo import config as dynamo
     from transformers import CompileConfig
 
+    # Else dynamo gives the model with hooks the graph of the one without, and the hooks are silently lost.
+    dynamo.skip_nnmodule_hook_guards = False
     options = {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
     generate = partial(_generate, new_tokens=new_tokens, **options)
     ready: dict[str, PreTrainedModel] = {}
@@ -167,6 +176,12 @@ def _compilation(warm_up: Callable[[], object]) -> dict[str, Any]:
     breaks = {str(reason).partition("\n")[0]: times for reason, times in counters["graph_break"].items()}
     kept = {key: value for key, value in counters["inductor"].items() if "cudagraph" in key}
     return {"seconds": times, "stats": dict(counters["stats"]), "graph_breaks": breaks, "cudagraphs": kept}
+
+
+def _agreeing(first: list[int], second: list[int]) -> int:
+    """How many tokens two texts have in common before they part."""
+    pairs = enumerate(zip(first, second, strict=True))
+    return next((number for number, (one, other) in pairs if one != other), len(first))
 
 
 def _prompt(model: "PreTrainedModel") -> Any:

@@ -65,7 +65,8 @@ class Experts:
 
     def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
         """Whether this layer is a mixture of experts."""
-        return layer not in (config.get(self.dense_layers) or ()) and (layer + 1) % (config.get(self.step) or 1) == 0
+        dense, step = config.get(self.dense_layers) or [], config.get(self.step) or 1
+        return layer not in dense and (layer + 1) % step == 0
 
 
 @dataclass(frozen=True)

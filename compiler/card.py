@@ -12,7 +12,7 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 LISTED_EDITS = 50
 
 BODY = """\
-# {title}
+# {base}, steered
 
 This is `{base}` **with edited weights**. Activation steering was compiled into it by `austeer-compile`: it behaves as
 the base model would with the activation edits below applied at every token, with no hooks and no custom code.
@@ -39,9 +39,7 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 """
 
 
-def render_card(
-    program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None, name: str
-) -> bytes:
+def render_card(program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None) -> bytes:
     """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields."""
     import yaml
 
@@ -62,7 +60,7 @@ def render_card(
     if len(program.edits) > LISTED_EDITS:
         rows.append(f"| … | | | {len(program.edits) - LISTED_EDITS} more in `{MANIFEST}` |")
     body = BODY.format(
-        title=name, base=base, licence=stated, sha256=program.sha256, count=len(program.edits), program=PROGRAM,
+        base=base, licence=stated, sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
     )  # fmt: skip
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()

@@ -62,11 +62,11 @@ class Certificate:
     def table(self) -> list[tuple[str, str, str]]:
         """The figures for people: (what, of the compiled model, of the unedited base)."""
         rows = (
-            ("max abs logit difference", self.max_abs_logit_diff, self.base_max_abs_logit_diff),
-            ("mean KL from the reference, nats per token", self.mean_kl, self.base_mean_kl),
-            ("top-1 agreement", self.top1_agreement, self.base_top1_agreement),
+            ("max abs logit difference", ".4g", self.max_abs_logit_diff, self.base_max_abs_logit_diff),
+            ("mean KL from the reference, nats per token", ".4g", self.mean_kl, self.base_mean_kl),
+            ("top-1 agreement", ".6f", self.top1_agreement, self.base_top1_agreement),
         )
-        return [(what, f"{ours:.4g}", f"{base:.4g}") for what, ours, base in rows]
+        return [(what, format(ours, form), format(base, form)) for what, form, ours, base in rows]
 
     def _rule(self) -> list[tuple[bool, str]]:
         changed = (

@@ -86,7 +86,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
         if as_json:
             click.echo(json.dumps(report.plain(), allow_nan=False))
         else:
-            from austeer.compiler.show import show
+            from austeer.compiler.verbs.show import show
 
             show(report)
         sys.exit(0 if getattr(report, "passed", True) else 1)

@@ -68,9 +68,9 @@ def main(base: str, program: str, folder: Path) -> list[dict[str, object]]:
 
 
 def same(left: Path, right: Path) -> bool:
-    """Whether two outputs have the same files; the model card names its own folder."""
+    """Whether two outputs have the same files."""
     names = [sorted(str(path.relative_to(side)) for path in side.rglob("*")) for side in (left, right)]
-    files = [name for name in names[0] if (left / name).is_file() and name != "README.md"]
+    files = [name for name in names[0] if (left / name).is_file()]
     return names[0] == names[1] and all((left / name).read_bytes() == (right / name).read_bytes() for name in files)
 
 

@@ -131,6 +131,6 @@ def write_compiled(
             "versions": tool_versions(),
         }
         write_file(folder / MANIFEST, render(manifest))
-        card = render_card(program, base.fetched.id, read_card(base.path), certificate, out.name)
+        card = render_card(program, base.fetched.id, read_card(base.path), certificate)
         write_file(folder / "README.md", card)
     return certificate

@@ -16,7 +16,7 @@ def card(
     program: Program = PROGRAM, base_card: dict[str, Any] | None = None, certificate: Any = None
 ) -> tuple[Any, str]:
     """(metadata, text) of a card."""
-    text = render_card(program, "org/base", base_card or {}, certificate, "out").decode()
+    text = render_card(program, "org/base", base_card or {}, certificate).decode()
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
@@ -57,7 +57,7 @@ def test_the_licence_is_stated(base: dict[str, Any], text: str) -> None:
 
 def test_every_edit_is_listed() -> None:
     _, body = card()
-    assert body.startswith("\n# out\n")
+    assert body.startswith("\n# org/base, steered\n")
     assert "This is `org/base` **with edited weights**" in body
     assert f"Program `{PROGRAM.sha256}`, 3 edits." in body
     assert "| 1 | ffn | scale | 2 units (2: x1.5, 0: x0.75) |" in body
@@ -105,7 +105,7 @@ def test_the_certificate_is_shown_with_its_verdict() -> None:
 
 def test_equal_inputs_give_equal_bytes() -> None:
     one, other = ({"license": "mit", "language": "en"}, {"language": "en", "license": "mit"})
-    assert render_card(PROGRAM, "b", one, None, "o") == render_card(PROGRAM, "b", other, None, "o")
+    assert render_card(PROGRAM, "b", one, None) == render_card(PROGRAM, "b", other, None)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def served(gguf: Path, ids: Sequence[int], vocabulary: int, ascii_token: int) ->
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, which is llama.cpp as a wheel, is not installed")
     options = xllamacpp.CommonParams()
     options.model.path = str(gguf)
-    options.n_ctx, options.n_parallel = 256, 1
+    options.n_ctx, options.n_parallel, options.verbosity = 256, 1, 0
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -3,11 +3,13 @@
 import json
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from austeer.compiler import PairsError, Program, Refused, Scale, UsageError, interpret
 from austeer.compiler.edits import Floats
@@ -191,3 +193,18 @@ def test_gamma_is_alpha_times_beta_rounded_once() -> None:
 def test_select_refuses_what_cannot_be_meant(k: int, alpha: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         select(scores_of([[0.5, 0.6, 0.7, 0.8]], (1,)), k, alpha, GEOMETRY)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_model_spread_by_device_map(site: SiteName, tmp_path: Path) -> None:
+    """Spread over what a machine without accelerators has: the second layer lies on disk and comes when it runs."""
+    pytest.importorskip("accelerate", reason="accelerate, which device_map needs, is not installed")
+    whole = tiny("llama")
+    whole.save_pretrained(tmp_path / "model")
+    rest = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**rest, "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert spread.model.layers[1].mlp.down_proj.weight.is_meta
+    found, expected = (localize(model, some_pairs(), site, batch_tokens=40).beta for model in (spread, whole))
+    np.testing.assert_array_equal(found, expected)
