@@ -18,7 +18,7 @@ class Usage:
 
 
 def measured(command: Sequence[str]) -> Usage:
-    """Runs a command to its end; CalledProcessError, with its output, if it fails.
+    """Runs a command to its end; RuntimeError, with what it said, if it fails.
 
     The kernel's figure for the peak includes the starting process at the moment of the fork, so this process
     has to be small: no torch in it.
@@ -31,5 +31,5 @@ def measured(command: Sequence[str]) -> Usage:
         spent = perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+        raise RuntimeError(f"{' '.join(command)} failed:\n{errors}")
     return Usage(spent, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
