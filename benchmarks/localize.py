@@ -1,6 +1,7 @@
 """Localization against the bare forward passes, and against the straightforward way."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,51 +21,73 @@ if TYPE_CHECKING:
 SITE, BATCH_TOKENS = "ffn", 4096
 MOST_OVERHEAD, LEAST_GAIN = 1.05, 10.0
 METHOD = (
-    "Token ids in, scores out, on one random llama, in turns. Bare: the same batches and shared prefixes, no hooks, no "
-    "counting, no LM head. Straightforward: each text alone through the whole model, all hidden states and all "
-    "activations of the site kept, a Python loop over the units for the counts; on some of the pairs, scaled up. "
+    "Token ids in, scores out, on one random llama in bfloat16, as most models are stored, in turns. Bare: the same batches and shared prefixes, no "
+    "hooks, no counting, no LM head. Straightforward: each text alone through the whole model, all hidden states and "
+    "all activations of the site kept, a Python loop over the units for the counts; on some of the pairs, scaled up. The "
+    "longer the texts, the more both ways are bound by the same arithmetic; the limit holds for minimal pairs. "
     "On the CPU: processor time of one thread."
 )
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Pairs of one kind: how long prefixes and sides are, in tokens, and the least gain to be shown."""
+
+    what: str
+    prefix: tuple[int, int]
+    side: tuple[int, int]
+    least_gain: float | None = None
+
+
+KINDS = (
+    Texts("minimal pairs, 5 tokens", (2, 8), (1, 2), LEAST_GAIN),
+    Texts("sentences, 16 tokens", (8, 24), (1, 4)),
+    Texts("paragraphs, 60 tokens", (8, 96), (1, 16)),
+)
+
+
 def run(rounds: int = 9, pairs: int = 64, plain_pairs: int = 8, device: str = "cpu") -> Report:
-    """Localizes `pairs` pairs both ways; the straightforward way on `plain_pairs` of them only."""
+    """Localizes `pairs` pairs of each kind both ways; the straightforward way on `plain_pairs` of them only."""
     import torch
 
     model = random_llama(device)
-    data = random_pairs(pairs, model.config.vocab_size)
-    few = sorted(data, key=lambda pair: sum(pair.shape))[pairs // plain_pairs // 2 :: pairs // plain_pairs]
-    _require_equal_scores(model, few)
+    samples = {kind: random_pairs(pairs, kind, model.config.vocab_size) for kind in KINDS}
+    for data in samples.values():
+        _require_equal_scores(model, data[:plain_pairs])  # in float32: in bfloat16 too many signs are rounding
+    model.to(torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    details = {"device": device, "threads": torch.get_num_threads(), "parameters": parameters, "pairs": pairs}
+    report = Report("localize", METHOD, details=details)
+    for kind, data in samples.items():
+        _measure(model, kind, data, rounds, plain_pairs, report)
+    return report
+
+
+def _measure(
+    model: "PreTrainedModel", kind: Texts, data: list[PairTokens], rounds: int, plain_pairs: int, report: Report
+) -> None:
+    """Adds the two rows of one kind of texts."""
+    share = len(data) // plain_pairs
+    few = sorted(data, key=lambda pair: sum(pair.shape))[share // 2 :: share]
     works: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(model, data),
         "localize": lambda: localize(model, data, SITE, batch_tokens=BATCH_TOKENS),
         "straightforward": lambda: straightforward(model, few),
     }
-    clock = clock_for(device)
+    clock = clock_for(model.device.type)
     taken = interleaved({name: partial(seconds, work, clock) for name, work in works.items()}, rounds)
-    plain = [spent * pairs / plain_pairs for spent in taken["straightforward"]]
-    details = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "pairs": pairs,
-        "plain_pairs": plain_pairs,
-        "seconds": taken,
-    }
-    rows = [
-        Row("localize / bare forward passes", ratio(taken["localize"], taken["bare"]), at_most=MOST_OVERHEAD),
-        Row(
-            "straightforward / localize",
-            ratio(plain, taken["localize"]),
-            at_least=LEAST_GAIN,
-            note=f"the first on {plain_pairs} of {pairs} pairs, times {pairs / plain_pairs:g}",
-        ),
+    plain = [spent * share for spent in taken["straightforward"]]
+    report.details[kind.what] = {"plain_pairs": plain_pairs, "seconds": taken}
+    overhead, gain = ratio(taken["localize"], taken["bare"]), ratio(plain, taken["localize"])
+    note = f"the first on {plain_pairs} of {len(data)} pairs, times {share}"
+    report.rows += [
+        Row(f"{kind.what}: localize / bare forward passes", overhead, at_most=MOST_OVERHEAD),
+        Row(f"{kind.what}: straightforward / localize", gain, at_least=kind.least_gain, note=note),
     ]
-    return Report("localize", METHOD, rows, details)
 
 
 def random_llama(device: str) -> "PreTrainedModel":
-    """A float32 llama of about 130 million parameters with random weights."""
+    """A llama of about 130 million parameters with random float32 weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,14 +99,14 @@ def random_llama(device: str) -> "PreTrainedModel":
     return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
 
 
-def random_pairs(count: int, vocabulary: int) -> list[PairTokens]:
-    """Pairs with a common prefix of 8 to 96 tokens, and sides of 1 to 16."""
+def random_pairs(count: int, kind: Texts, vocabulary: int) -> list[PairTokens]:
+    """Pairs of a kind; the lengths are uniform within its bounds."""
     generator = np.random.default_rng(0)
 
-    def text(low: int, high: int) -> Tokens:
-        return tuple(generator.integers(3, vocabulary, generator.integers(low, high + 1)).tolist())
+    def text(bounds: tuple[int, int]) -> Tokens:
+        return tuple(generator.integers(3, vocabulary, generator.integers(*bounds, endpoint=True)).tolist())
 
-    return [PairTokens(text(8, 96), text(1, 16), text(1, 16)) for _ in range(count)]
+    return [PairTokens(text(kind.prefix), text(kind.side), text(kind.side)) for _ in range(count)]
 
 
 def bare(model: "PreTrainedModel", pairs: list[PairTokens]) -> None:

@@ -102,7 +102,8 @@ class Matrix:
         weight = weight * self.form.a[rows, None]
         for v, k in self.form.terms:
             term = v[rows, None] * k[None, columns]
-            weight += np.where(term == 0, np.float32(-0.0), term)  # x + -0.0 keeps every bit of x, +0.0 does not
+            term[term == 0] = -0.0  # x + -0.0 keeps every bit of x, +0.0 does not
+            weight += term
         weight *= self.form.s[None, columns]
         return weight.T if self.transposed else weight
 

@@ -120,12 +120,18 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     bits = values.reshape(-1).view(np.uint32)
-    high, low = bits >> 16, bits & 0xFFFF
     # Just under half of the last kept bit, and that bit itself: this carries where nearest-even rounds up.
-    rounded = (bits + 0x7FFF + (high & 1)) >> 16
-    # A NaN could round to infinity: it is cut instead, and made quiet lest the cut take its last set bit.
-    cut = high | ((low != 0).astype(np.uint32) << 6)
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, cut, rounded)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if nan.any():
+        # A NaN could round to infinity: it is cut instead, and made quiet lest the cut take its last set bit.
+        lost = (bits[nan] & 0xFFFF != 0).astype(np.uint32)
+        rounded[nan] = bits[nan] >> 16 | lost << 6
+    return rounded
 
 
 def _not_a_header(start: bytes, size: int) -> str:

@@ -26,22 +26,25 @@ NEGATIVE = "sad scared angry upset lonely worried afraid gloomy".split()
 FREQUENCY = (8, 5, 4, 4, 3, 3, 2, 2)  # the i-th words of both lists are equally common
 GIRLS = "Mia Anna Lily Sara Emma Nora Zoe Ella Rosa Ida".split()
 BOYS = "Tom Ben Max Leo Sam Jack Tim Finn Omar Paul".split()
-WORDS = {slot: [word.replace("_", " ") for word in words.split()] for slot, words in {
-    "pet": "dog cat puppy kitten rabbit pony duck goat",
-    "animal": "frog bird fox squirrel mouse cow sheep owl turtle bee butterfly snail fish hen",
-    "place": "park river garden school farm beach lake market barn bridge playground zoo castle pond",
-    "toy": "ball kite doll boat train drum book hat wagon robot bear puzzle",
-    "food": "apple cookie cake sandwich pear pie muffin banana carrot orange bun pancake",
-    "color": "red blue green yellow brown white black pink purple orange",
-    "size": "big small little tiny huge tall round",
-    "clothes": "coat hat boots scarf socks shirt jacket",
-    "game": "tag ball chess cards catch soccer hide_and_seek",
-    "spot": "tree bench fence roof wall bush gate rock",
-    "adult": "Mom Dad Grandma Grandpa",
-    "day": "morning afternoon evening day",
-    "trait": "little young kind clever quiet funny brave",
-    "weather": "sunny cold windy warm rainy snowy cloudy foggy",
-}.items()}
+WORDS = {
+    slot: [word.replace("_", " ") for word in words.split()]
+    for slot, words in {
+        "pet": "dog cat puppy kitten rabbit pony duck goat",
+        "animal": "frog bird fox squirrel mouse cow sheep owl turtle bee butterfly snail fish hen",
+        "place": "park river garden school farm beach lake market barn bridge playground zoo castle pond",
+        "toy": "ball kite doll boat train drum book hat wagon robot bear puzzle",
+        "food": "apple cookie cake sandwich pear pie muffin banana carrot orange bun pancake",
+        "color": "red blue green yellow brown white black pink purple orange",
+        "size": "big small little tiny huge tall round",
+        "clothes": "coat hat boots scarf socks shirt jacket",
+        "game": "tag ball chess cards catch soccer hide_and_seek",
+        "spot": "tree bench fence roof wall bush gate rock",
+        "adult": "Mom Dad Grandma Grandpa",
+        "day": "morning afternoon evening day",
+        "trait": "little young kind clever quiet funny brave",
+        "weather": "sunny cold windy warm rainy snowy cloudy foggy",
+    }.items()
+}
 OPENINGS = """Once upon a time there was a {trait} {child} named {a}. {a} had a {color} {pet}.
 Once upon a time, {a} and {b} lived near a {place}. They had a {size} {pet}.
 Once upon a time there was a {size} {pet}. It lived with a {child} named {a}.
@@ -53,32 +56,49 @@ It was a {weather} {day}. {a} and {his} {pet} went to the {place}.
 {a} had a {size} {color} {toy}. {he} took it to the {place}.
 There was a {pet} at the {place}. {a} wanted to see it.""".split("\n")
 FRIENDS = ["{b} came too.", "{b} was there too.", "{a} had a friend named {b}."]
-FRAMES = ["{a} was", "{a} felt", "{a} felt so", "{a} was very", "{b} was", "{b} felt", "The {pet} looked",
-          "The {pet} was", "Now {a} was", "Then {a} felt", "{a} was so", "{a} felt very", "They were", "They both felt"]
-SENTENCES = {kind: re.findall(r"\S[^.]*\.", text) for kind, text in {
-    "event +": """{a} found a {color} {toy} in the grass. {b} gave {a} a sweet {food}. {a} won the game of {game}.
+FRAMES = [
+    "{a} was",
+    "{a} felt",
+    "{a} felt so",
+    "{a} was very",
+    "{b} was",
+    "{b} felt",
+    "The {pet} looked",
+    "The {pet} was",
+    "Now {a} was",
+    "Then {a} felt",
+    "{a} was so",
+    "{a} felt very",
+    "They were",
+    "They both felt",
+]
+SENTENCES = {
+    kind: re.findall(r"\S[^.]*\.", text)
+    for kind, text in {
+        "event +": """{a} found a {color} {toy} in the grass. {b} gave {a} a sweet {food}. {a} won the game of {game}.
 The sun came out and the birds began to sing. {adult} baked a warm {food} for {a}. {b} shared {his_b} {food} with {a}.
 The {pet} learned a new trick. {a} made a new friend at the {place}. {a} built a tall castle with {b}.
 {adult} told {a} a funny story. {a} got a new {toy} for {his} birthday. The {pet} came home again.
 {b} helped {a} fix the {toy}. {a} and {b} sang a song. {adult} gave {a} a hug. They saw a bright rainbow over the {place}.""",
-    "event -": """{a} fell down near the {spot} and hurt {his} knee. {a} lost {his} {toy} in the mud. {a} lost the game of {game}.
+        "event -": """{a} fell down near the {spot} and hurt {his} knee. {a} lost {his} {toy} in the mud. {a} lost the game of {game}.
 Dark clouds came and it began to storm. The {food} fell on the dirty ground. {b} took the {toy} and ran off.
 The {pet} ran away and did not come back. There was a loud noise behind the {spot}. {b} did not want to play with {a}.
 {adult} said it was too late to play. {a} broke {his} new {toy}. The {pet} was sick and did not eat.
 {b} pushed {a} into the water. {a} could not find the way home. {a} tore {his} {clothes}. {adult} had to go away.""",
-    "event 0": """{a} walked to the {place} with {b}. They played {game} by the {spot}. {a} put on {his} {color} {clothes}.
+        "event 0": """{a} walked to the {place} with {b}. They played {game} by the {spot}. {a} put on {his} {color} {clothes}.
 The {pet} sat on a {color} mat. {a} ate a {food} for lunch. A {animal} looked at them from the {spot}.
 {a} saw a {size} {animal} by the {spot}. {b} asked {a} to come along. {a} drew a picture of the {pet}.
 They climbed up a {size} hill. {adult} opened the {color} door. {a} picked up a {size} stone. {adult} came to the {place} too.
 A {animal} and a {animal} sat near the {spot}. {a} showed {b} the {toy}. The wind moved the leaves of the tree.""",
-    "reaction +": """{he} smiled at {b}. {he} laughed and clapped. {he} jumped up and down with joy. {he} danced around the {spot}.
+        "reaction +": """{he} smiled at {b}. {he} laughed and clapped. {he} jumped up and down with joy. {he} danced around the {spot}.
 They all cheered. {b} laughed too. {he} had a lot of fun. It was the best day ever.""",
-    "reaction -": """{he} began to cry. {he} hid behind the {spot}. {he} did not say a word. {he} shook and looked down.
+        "reaction -": """{he} began to cry. {he} hid behind the {spot}. {he} did not say a word. {he} shook and looked down.
 They all sighed. {b} cried too. {he} wanted to be alone. It was the worst day ever.""",
-    "ending +": "In the end, {a} and {b} went home with a smile. That night, {a} had sweet dreams. They all ate {food} and laughed.",
-    "ending -": "In the end, {a} went home with tears in {his} eyes. That night, {a} could not sleep. They all went home and cried.",
-    "ending 0": "Then it was time to go home. In the end, they all went to bed. That night, the moon was over the {place}.",
-}.items()}
+        "ending +": "In the end, {a} and {b} went home with a smile. That night, {a} had sweet dreams. They all ate {food} and laughed.",
+        "ending -": "In the end, {a} went home with tears in {his} eyes. That night, {a} could not sleep. They all went home and cried.",
+        "ending 0": "Then it was time to go home. In the end, they all went to bed. That night, the moon was over the {place}.",
+    }.items()
+}
 
 
 class Cast(dict[str, str]):
@@ -150,7 +170,8 @@ def build_tokenizer(stories: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS, EOS])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, 0)])
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, 0)]
+    )
     return tokenizer
 
 
@@ -217,8 +238,12 @@ def save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, card: str) ->
         "config": dict(sorted(config.items())),
         "generation_config": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_new_tokens": 80},
         "special_tokens_map": special,
-        "tokenizer_config": {**special, "tokenizer_class": "PreTrainedTokenizerFast",
-                             "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False},
+        "tokenizer_config": {
+            **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": CONTEXT,
+            "clean_up_tokenization_spaces": False,
+        },
     }.items():
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -238,10 +263,22 @@ def main() -> None:
     rng = random.Random(args.seed)
     stories = [" ".join(tell(rng)[0]) for _ in range(args.stories)]
     tokenizer = build_tokenizer(stories)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=96, intermediate_size=288, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.05))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            initializer_range=0.05,
+        )
+    )
     loss = train(model, pack(stories, tokenizer), args.steps)
 
     args.out.mkdir(parents=True, exist_ok=True)
