@@ -121,11 +121,11 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     bits = values.reshape(-1).view(np.uint32)
     # Just under half of the last kept bit, and that bit itself: this carries where nearest-even rounds up.
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
     rounded += bits
-    rounded >>= 16
+    rounded >>= np.uint32(16)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     if nan.any():
         # A NaN could round to infinity: it is cut instead, and made quiet lest the cut take its last set bit.
