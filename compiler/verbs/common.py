@@ -1,5 +1,6 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import CheckFailed
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.layout import Layout
-from austeer.compiler.live import fits_in_float32
+from austeer.compiler.live import best_device, fits_in_float32
 from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, render, tool_versions
 from austeer.compiler.program import Program
 from austeer.compiler.progress import bar
@@ -81,13 +82,20 @@ def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
     """float32 if that fits in memory, else the stored dtype with a notice; what the user names wins."""
     if settings.dtype != "auto":
         return settings.dtype, []
-    values = sum(
-        tensor.nbytes // 2 if tensor.dtype != "F32" else tensor.nbytes // 4
-        for tensor in base.checkpoint.tensors.values()
-    )
-    if fits_in_float32(values, settings.device):
+    if _fits_in_float32(base, settings):
         return "float32", []
     return "auto", ["the certificate is measured in the stored dtype: the model does not fit in memory in float32"]
+
+
+def working_dtype(base: Base, settings: Settings) -> str:
+    """As stored, but on a CPU float32 if that fits in memory: few CPUs are quick in 16 bits."""
+    on_cpu = (best_device() if settings.device == "auto" else settings.device).startswith("cpu")
+    return "float32" if settings.dtype == "auto" and on_cpu and _fits_in_float32(base, settings) else settings.dtype
+
+
+def _fits_in_float32(base: Base, settings: Settings) -> bool:
+    values = sum(math.prod(tensor.shape) for tensor in base.checkpoint.tensors.values())
+    return fits_in_float32(values, settings.device)
 
 
 def write_compiled(

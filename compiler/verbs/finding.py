@@ -15,7 +15,7 @@ from austeer.compiler.pairs import Pair, split_by_prompt
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Settings
+from austeer.compiler.verbs.common import Base, Settings, working_dtype
 from austeer.passes.localize import Scores, localize, select
 from austeer.passes.search import Search, search
 
@@ -77,7 +77,7 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
 
     Drift is measured on `neutral` texts, or, without them, on text sampled from the base.
     """
-    model = load_model(base.path, dtype=settings.dtype, device=settings.device)
+    model = load_model(base.path, dtype=working_dtype(base, settings), device=settings.device)
     tokenizer = load_tokenizer(base.path)
     length = min(settings.length_for(base.checkpoint.config), longest_text(model))
     fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
