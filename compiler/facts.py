@@ -9,6 +9,7 @@ from typing import Any
 from austeer.compiler.architectures import ARCHITECTURES, Architecture, Axis, Linear, holds
 from austeer.compiler.checkpoint import CONFIG, read_json
 from austeer.compiler.errors import CheckpointError, ProgramError, Refused
+from austeer.compiler.patch import Role
 from austeer.compiler.sites import Space
 
 
@@ -60,6 +61,10 @@ class ModelFacts:
     def axis(self, axis: Axis) -> int:
         """The length of a weight's axis."""
         return self.kv if axis == "kv" else self.geometry.width(axis)
+
+    def projection(self, role: Role) -> Linear:
+        """The table's entry for an output projection."""
+        return self.architecture.attn_out if role == "attn_out" else self.architecture.ffn_out
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether this model, as configured, adds a bias here; a stray tensor in the file does not count."""

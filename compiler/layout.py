@@ -36,15 +36,11 @@ class Layout:
         """The tensor name of a linear map, without .weight or .bias."""
         return self.prefix + self.facts.architecture.block.format(layer=layer) + linear.name
 
-    def projection(self, role: Role) -> Linear:
-        """The table's entry for a role."""
-        return self.facts.architecture.attn_out if role == "attn_out" else self.facts.architecture.ffn_out
-
     def weights(self, layer: int, role: Role) -> list[TensorInfo]:
         """The tensors of an output projection: one matrix, one matrix per expert, or one stack of experts."""
         tensors, experts = self.checkpoint.tensors, self.facts.architecture.experts
         if role == "attn_out" or experts is None or not self.facts.has_experts(layer):
-            return [tensors[self.name(layer, self.projection(role)) + ".weight"]]
+            return [tensors[self.name(layer, self.facts.projection(role)) + ".weight"]]
         block = self.prefix + self.facts.architecture.block.format(layer=layer)
         if block + experts.fused in tensors:
             return [tensors[block + experts.fused]]
@@ -53,7 +49,7 @@ class Layout:
 
     def bias(self, layer: int, role: Role) -> TensorInfo | None:
         """The bias of an output projection, where the model as configured adds one."""
-        linear = self.projection(role)
+        linear = self.facts.projection(role)
         return self._tensor(self.name(layer, linear) + ".bias") if self.facts.has_bias(linear) else None
 
     def require_shapes(self) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from austeer.compiler.edits import Floats
+from austeer.compiler.edits import Edit, Floats
 from austeer.compiler.errors import SpaceError
 from austeer.compiler.sites import Space
 
@@ -14,6 +14,11 @@ Role = Literal["attn_out", "ffn_out"]
 Part = Literal["weight", "bias"]
 
 READS: Mapping[Role, Space] = {"attn_out": "heads", "ffn_out": "neurons"}  # both write to the residual space
+
+
+def role_of(edit: Edit) -> Role:
+    """The projection that an edit ends up in."""
+    return "attn_out" if edit.site in ("heads", "attn") else "ffn_out"
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from austeer.compiler.architectures import Linear
 from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
-from austeer.compiler.patch import READS, Affine, Patch, Role, Touch, Vector
+from austeer.compiler.patch import READS, Affine, Patch, Role, Touch, Vector, role_of
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES
 
@@ -30,11 +29,6 @@ def fold(program: Program, facts: ModelFacts) -> Patch:
         for touch in _touches(number, edit, forms[edit.layer, role_of(edit)], facts)
     ]
     return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches))
-
-
-def role_of(edit: Edit) -> Role:
-    """The projection that an edit ends up in."""
-    return "attn_out" if edit.site in ("heads", "attn") else "ffn_out"
 
 
 def _identity(layer: int, role: Role, facts: ModelFacts) -> Affine:
@@ -73,13 +67,8 @@ def _touches(number: int, edit: Edit, form: Affine, facts: ModelFacts) -> Iterab
         yield Touch(*where, "weight", None if at_input else edit.units, edit.units if at_input else None)
     if at_input and form.t.any():
         yield Touch(*where, "bias", None)  # the constant passes through what this edit changed
-    elif isinstance(edit, Scale) and not at_input and facts.has_bias(projection_of(form.role, facts)):
+    elif isinstance(edit, Scale) and not at_input and facts.has_bias(facts.projection(form.role)):
         yield Touch(*where, "bias", edit.units)
-
-
-def projection_of(role: Role, facts: ModelFacts) -> Linear:
-    """The table's entry for a role."""
-    return facts.architecture.attn_out if role == "attn_out" else facts.architecture.ffn_out
 
 
 def _support(vector: Floats) -> tuple[int, ...] | None:

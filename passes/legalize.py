@@ -3,6 +3,7 @@
 from austeer.compiler.edits import Edit, Scale, Shift
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
+from austeer.compiler.patch import role_of
 from austeer.compiler.program import Program
 
 
@@ -34,11 +35,10 @@ def refusal(edit: Edit, facts: ModelFacts) -> str | None:
 
 def _no_bias(edit: Shift, facts: ModelFacts) -> str | None:
     """Why the constant cannot be baked: it ends in the bias of an output projection, which must be there."""
-    entry = facts.architecture
-    projection = entry.attn_out if edit.site in ("heads", "attn") else entry.ffn_out
+    projection = facts.projection(role_of(edit))
     if edit.site == "residual" and facts.post_norm:
         return "this model norms what its projections write, so no bias is a constant shift of the residual stream"
-    if facts.has_experts(edit.layer) and projection is entry.ffn_out:
+    if facts.has_experts(edit.layer) and role_of(edit) == "ffn_out":
         return "the layer is a mixture of experts, which has no bias of its own; use site heads or attn"
     if not facts.has_bias(projection):
         return f"a constant needs the bias of {projection.name}, and this model has none; use Scale or Rank1"

@@ -68,7 +68,8 @@ def verify(
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
-    files = {name: _compare(name, opened, compiled, plan_for(program, opened)) for name in opened.checkpoint.shards}
+    plan = plan_for(program, opened)
+    files = {name: _compare(name, opened, compiled, plan) for name in opened.checkpoint.shards}
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
     certificate, notes = _measure(opened, out, program, texts, settings)
     problems += certificate.failures()

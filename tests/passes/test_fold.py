@@ -7,8 +7,8 @@ import pytest
 
 from austeer.compiler import Edit, Program, Rank1, Scale, Shift
 from austeer.compiler.facts import read_facts
-from austeer.compiler.patch import Patch
-from austeer.passes.fold import fold, role_of
+from austeer.compiler.patch import Patch, role_of
+from austeer.passes.fold import fold
 from tests.tiny import Tiny, on_disk
 
 LLAMA, NONE, MOE = Tiny("llama"), Tiny("llama", biases=False), Tiny("qwen3_moe")
