@@ -41,6 +41,11 @@ class Linear:
     outputs: tuple[Axis, ...]
     bias: Property = NO
 
+    @property
+    def of_attention(self) -> bool:
+        """Whether it belongs to the attention of its block, and not to the FFN."""
+        return "heads" in (self.inputs, *self.outputs) or "kv" in self.outputs
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -84,6 +89,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class PostNorm:
+    """An RMS norm between the attention's output and the residual stream; its factor may be 1 + weight."""
+
+    name: str
+    plus_one: bool
+    eps: float  # where config.json has no rms_norm_eps
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model family.
 
@@ -100,8 +114,17 @@ class Architecture:
     inputs: tuple[Linear, ...]
     transposed: bool = False  # weights stored [in, out] (Conv1D) instead of [out, in]
     post_norm: Property = NO  # a norm between the output projections and the residual stream
+    attn_norm: PostNorm | None = None  # that norm, where it is the attention's own
+    block_norm: str = ""  # where that norm is the last thing in the block, its name
+    attention_part: tuple[str, ...] = ("self_attn.", "input_layernorm.")  # what else of a block is the attention's
+    sliding_period: int = 0  # of this many layers the last attends fully, where config.json has no layer_types
     experts: Experts | None = None
     sizes: Sizes = Sizes()
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear map of a block that has no experts."""
+        return (self.attn_out, self.ffn_out, *self.inputs)
 
 
 def attention(bias: Property, out_bias: Property) -> tuple[Linear, ...]:
@@ -134,6 +157,7 @@ ATTENTION_BIAS = Flag("attention_bias")
 HEAD_128, HEAD_256 = Sizes(head_dim_default=128), Sizes(head_dim_default=256)
 
 LLAMA = family("llama", "LlamaForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS, Flag("mlp_bias"))
+SMOLLM3 = replace(LLAMA, model_type="smollm3", class_name="SmolLM3ForCausalLM")
 MISTRAL = family("mistral", "MistralForCausalLM", NO, NO)
 QWEN2 = family("qwen2", "Qwen2ForCausalLM", YES, NO)
 QWEN3 = replace(family("qwen3", "Qwen3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_128)
@@ -145,11 +169,19 @@ MIXTRAL = replace(
     family("mixtral", "MixtralForCausalLM", NO, NO),
     experts=Experts("block_sparse_moe.experts.{expert}.w2", "mlp.experts.down_proj", "mlp", "intermediate_size"),
 )
-GEMMA2 = replace(family("gemma2", "Gemma2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES)
-GEMMA3 = replace(
-    family("gemma3_text", "Gemma3ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), sizes=HEAD_256, post_norm=YES
+GEMMA2 = replace(
+    family("gemma2", "Gemma2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS),
+    sizes=HEAD_256,
+    post_norm=YES,
+    attn_norm=PostNorm("post_attention_layernorm", plus_one=True, eps=1e-6),
+    sliding_period=2,
 )
-OLMO2 = replace(family("olmo2", "Olmo2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS), post_norm=YES)
+GEMMA3 = replace(GEMMA2, model_type="gemma3_text", class_name="Gemma3ForCausalLM", sliding_period=6)
+OLMO2 = replace(
+    family("olmo2", "Olmo2ForCausalLM", ATTENTION_BIAS, ATTENTION_BIAS),
+    post_norm=YES,
+    attn_norm=PostNorm("post_attention_layernorm", plus_one=False, eps=1e-5),
+)
 PHI3 = replace(
     family("phi3", "Phi3ForCausalLM", NO, NO),
     inputs=(
@@ -195,12 +227,13 @@ OPT = Architecture(
     ffn_out=Linear("fc2", "neurons", ("residual",), OPT_BIAS),
     inputs=(*OPT_ATTENTION[1:], Linear("fc1", "residual", ("neurons",), OPT_BIAS)),
     post_norm=Flag("do_layer_norm_before", default=True, value=False),
+    block_norm="final_layer_norm",
     sizes=Sizes(neurons="ffn_dim"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     entry.model_type: entry
     for entry in (
-        LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, OPT
+        LLAMA, SMOLLM3, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, OPT
     )
 }  # fmt: skip

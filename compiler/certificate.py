@@ -1,6 +1,6 @@
 """The certificate: how far a compiled checkpoint is from the reference semantics, measured on texts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,15 +138,18 @@ def certify(
     *,
     dtype: str,
     device: str,
+    may_miss: Collection[str] = (),
 ) -> Certificate:
     """Measures `compiled` against `base` + `program` on token sequences; one model in memory at a time.
 
-    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured.
+    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured. `may_miss` as in
+    `load_model`, for `compiled`.
     """
     model = load_model(base, dtype=dtype, device=device)
     reference = observe(model, program, texts)
     del model
-    return compare(load_model(compiled, dtype=dtype, device=device), reference, stored=stored_dtype(compiled))
+    made = load_model(compiled, dtype=dtype, device=device, may_miss=may_miss)
+    return compare(made, reference, stored=stored_dtype(compiled))
 
 
 def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens]) -> Reference:

@@ -8,8 +8,9 @@ from typing import Any
 
 from austeer.compiler.architectures import ARCHITECTURES, Architecture, Axis, Linear, holds
 from austeer.compiler.checkpoint import CONFIG, read_json
+from austeer.compiler.edits import Edit
 from austeer.compiler.errors import CheckpointError, ProgramError, Refused
-from austeer.compiler.patch import Role
+from austeer.compiler.patch import Role, role_of
 from austeer.compiler.sites import Space
 
 
@@ -55,6 +56,7 @@ class ModelFacts:
     architecture: Architecture
     config: Mapping[str, Any]
     kv: int
+    head_dim: int
     expert_count: int = 0
     expert_neurons: int = 0
 
@@ -65,6 +67,10 @@ class ModelFacts:
     def projection(self, role: Role) -> Linear:
         """The table's entry for an output projection."""
         return self.architecture.attn_out if role == "attn_out" else self.architecture.ffn_out
+
+    def role(self, edit: Edit) -> Role:
+        """Where an edit ends up in this model."""
+        return role_of(edit, post_norm=self.post_norm)
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether this model, as configured, adds a bias here; a stray tensor in the file does not count."""
@@ -96,9 +102,9 @@ def facts_of(name: str, config: Mapping[str, Any]) -> ModelFacts:
     neurons = size(keys.neurons, (keys.neurons_per_residual or 0) * residual)
     geometry = Geometry(name, entry.model_type, layers, residual, heads * head_dim, neurons)
     if entry.experts is None:
-        return ModelFacts(geometry, entry, config, kv)
+        return ModelFacts(geometry, entry, config, kv, head_dim)
     count = next((key for key in entry.experts.counts if key in config), entry.experts.counts[0])
-    return ModelFacts(geometry, entry, config, kv, size(count), size(entry.experts.width))
+    return ModelFacts(geometry, entry, config, kv, head_dim, size(count), size(entry.experts.width))
 
 
 def read_facts(folder: Path) -> ModelFacts:

@@ -1,5 +1,6 @@
 """Live transformers models: loading one, and where its sites are."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -50,11 +51,14 @@ def port(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: SiteName
     return Port(block.get_submodule(entry.ffn_out.name), "input" if site == "neurons" else "output")
 
 
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "PreTrainedModel":
+def load_model(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", may_miss: Collection[str] = ()
+) -> "PreTrainedModel":
     """The model in `folder`, for inference only; no remote code, no network.
 
     `dtype`: "auto" (as stored) or a torch name such as "float32". `device`: "auto" (the accelerator if there
     is one, else the CPU), a torch device, or "spread" (over all accelerators, by accelerate's device_map).
+    `may_miss`: endings of the names of weights that may be absent, for transformers makes them zero.
     Raises CheckpointError where transformers refuses the files or a weight is missing or left unused.
     """
     import torch
@@ -76,7 +80,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> "P
         if shown:
             logging.enable_progress_bar()
     model, report = loaded
-    _require_complete(folder, report)
+    _require_complete(folder, report, tuple(may_miss))
     if device != "spread":
         model.to(place)
     return model.eval().requires_grad_(False)
@@ -137,9 +141,9 @@ def _free_memory(device: str) -> int | None:
     return None
 
 
-def _require_complete(folder: Path, report: dict[str, Any]) -> None:
+def _require_complete(folder: Path, report: dict[str, Any], may_miss: tuple[str, ...]) -> None:
     for state, consequence in (("missing_keys", "would be random"), ("unexpected_keys", "would be ignored")):
-        names = sorted(report.get(state) or ())
+        names = sorted(name for name in report.get(state) or () if not name.endswith(may_miss))
         if names:
             raise CheckpointError(
                 f"{folder}: {len(names)} weights {consequence} when transformers loads this model, the first is "

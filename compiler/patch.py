@@ -1,7 +1,7 @@
 """Patches: the target language. What happens to the weights, by (layer, role), never by tensor name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -10,14 +10,18 @@ from austeer.compiler.edits import Edit, Floats
 from austeer.compiler.errors import SpaceError
 from austeer.compiler.sites import Space
 
-Role = Literal["attn_out", "ffn_out"]
+Role = Literal["attn_out", "ffn_out", "block"]
+"""The output projection of the attention or the FFN; `block` is what comes last in a block that norms their outputs."""
+
 Part = Literal["weight", "bias"]
 
-READS: Mapping[Role, Space] = {"attn_out": "heads", "ffn_out": "neurons"}  # both write to the residual space
+READS: Mapping[Role, Space] = {"attn_out": "heads", "ffn_out": "neurons"}  # all write to the residual space
 
 
-def role_of(edit: Edit) -> Role:
-    """The projection that an edit ends up in."""
+def role_of(edit: Edit, *, post_norm: bool) -> Role:
+    """Where an edit ends up: without a norm after it, the FFN's projection is the last thing in its block."""
+    if edit.site == "residual" and post_norm:
+        return "block"
     return "attn_out" if edit.site in ("heads", "attn") else "ffn_out"
 
 
@@ -108,10 +112,11 @@ class Touch:
 
 @dataclass(frozen=True)
 class Patch:
-    """At most one Affine per projection, and which edit touches what."""
+    """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer."""
 
     operations: tuple[Affine, ...]
     touches: tuple[Touch, ...]
+    values: Mapping[int, Vector] = field(default_factory=dict[int, Vector])
 
 
 def _scaled(vector: Floats, units: tuple[int, ...], factors: Floats) -> Floats:

@@ -129,19 +129,28 @@ class Matrix:
 
 
 @OVERFLOWING
-def rewritten_bias(tensor: TensorInfo, matrix: Matrix) -> Segment:
-    """b' = a⊙(b + W t) + U(Vᵀt) + u, as the new bytes of the whole bias."""
+def constant(matrix: Matrix, bias: TensorInfo | None) -> Floats:
+    """b' = a⊙(b + W t) + U(Vᵀt) + u, float32 [out]; b is 0 where there is no bias yet."""
     form = matrix.form
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        bias = to_float32(file.read(tensor.nbytes), tensor.dtype)
-    new = bias.astype(np.float64)
+    new = stored_vector(bias).astype(np.float64) if bias else np.zeros(len(form.a))
     if form.t.any():
         new += product(matrix, form.t)
     new *= form.a
     for v, k in form.terms:
         new += v.astype(np.float64) * tree_sum(k.astype(np.float64) * form.t, axis=0)
-    data, rounding = stored_values((new + form.u).astype(np.float32), tensor)
+    return (new + form.u).astype(np.float32)
+
+
+def stored_vector(tensor: TensorInfo) -> Floats:
+    """All values of a tensor, flat; for vectors only."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        return to_float32(file.read(tensor.nbytes), tensor.dtype)
+
+
+def whole(tensor: TensorInfo, values: Floats) -> Segment:
+    """The bytes of a whole tensor that is to hold these values."""
+    data, rounding = stored_values(values, tensor)
     return Segment(tensor.offset, data.tobytes(), rounding)
 
 

@@ -5,8 +5,10 @@ The headers are read here and not by the safetensors package, which does not tel
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,7 @@ STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 """How numpy holds the dtypes that can be edited; bfloat16, which it lacks, as its bits."""
 
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8  # of the data, so that engines can map it
 _MAX_HEADER = 100_000_000
 _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
@@ -82,6 +85,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], Header]:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def render_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """The bytes before the data of a file with these (name, dtype, shape), their data in this order without gaps."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + nbytes_of(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor's data."""
+    return math.prod(shape) * BITS[dtype] // 8
 
 
 def storage_dtype(dtype: str) -> "np.dtype[Any]":

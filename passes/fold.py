@@ -1,4 +1,4 @@
-"""fold: program → patch. Each projection's edits become one affine normal form."""
+"""fold: program and form → patch. Each projection's edits become one affine normal form."""
 
 from collections.abc import Iterable
 
@@ -6,36 +6,47 @@ import numpy as np
 
 from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
-from austeer.compiler.patch import READS, Affine, Patch, Role, Touch, Vector, role_of
+from austeer.compiler.form import ModelForm
+from austeer.compiler.patch import READS, Affine, Patch, Role, Touch, Vector
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, with its tensor's name, when it is written
-def fold(program: Program, facts: ModelFacts) -> Patch:
-    """The patch that makes the weights do what a legal program says (legalize first).
+def fold(program: Program, facts: ModelFacts, form: ModelForm) -> Patch:
+    """The patch that makes the weights of a model in this form do what a legal program says (legalize first).
 
     Edits at one site are folded in program order, sites in data-flow order, as the interpreter runs them.
     """
     forms: dict[tuple[int, Role], Affine] = {}
+    values: dict[int, Vector] = {}
     in_order = sorted(program.edits, key=lambda edit: (edit.layer, SITES.index(edit.site)))
     for edit in in_order:
-        key = (edit.layer, role_of(edit))
-        form = forms.get(key) or _identity(*key, facts)
-        forms[key] = _folded(edit, form)
+        key = (edit.layer, facts.role(edit))
+        forms.setdefault(key, _identity(*key, facts))
+        if isinstance(edit, Shift) and form.routes.get(key) == "value-bias":
+            values[edit.layer] = _sum(values.get(edit.layer), Vector(edit.space, edit.vector))
+        else:
+            forms[key] = _folded(edit, forms[key])
     touches = [
         touch
         for number, edit in enumerate(program.edits)
-        for touch in _touches(number, edit, forms[edit.layer, role_of(edit)], facts)
+        for touch in _touches(number, edit, forms[edit.layer, facts.role(edit)], facts)
     ]
-    return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches))
+    return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches), values)
 
 
 def _identity(layer: int, role: Role, facts: ModelFacts) -> Affine:
     geometry = facts.geometry
+    if role == "block":
+        return Affine.identity(layer, role, geometry.residual, 1)  # a norm's weight: one column
     # A mixture of experts is only ever edited at its output; what its experts read is their own affair.
     inputs = facts.expert_neurons if role == "ffn_out" and facts.has_experts(layer) else geometry.width(READS[role])
     return Affine.identity(layer, role, geometry.residual, inputs)
+
+
+def _sum(first: Vector | None, second: Vector) -> Vector:
+    return second if first is None else Vector(second.space, first.within(second.space) + second.values)
 
 
 def _folded(edit: Edit, form: Affine) -> Affine:
@@ -67,8 +78,12 @@ def _touches(number: int, edit: Edit, form: Affine, facts: ModelFacts) -> Iterab
         yield Touch(*where, "weight", None if at_input else edit.units, edit.units if at_input else None)
     if at_input and form.t.any():
         yield Touch(*where, "bias", None)  # the constant passes through what this edit changed
-    elif isinstance(edit, Scale) and not at_input and facts.has_bias(facts.projection(form.role)):
+    elif isinstance(edit, Scale) and not at_input and (form.adds_bias or _has_bias(form.role, facts)):
         yield Touch(*where, "bias", edit.units)
+
+
+def _has_bias(role: Role, facts: ModelFacts) -> bool:
+    return role == "block" or facts.has_bias(facts.projection(role))
 
 
 def _support(vector: Floats) -> tuple[int, ...] | None:

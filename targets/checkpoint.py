@@ -1,5 +1,6 @@
 """The form `checkpoint`: a patch placed on the tensors of a checkpoint, and written as a new one."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,69 +9,67 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from austeer.compiler.checkpoint import Checkpoint, files_to_copy
+from austeer.compiler.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, files_to_copy, read_json
 from austeer.compiler.errors import CheckpointError, Refused
-from austeer.compiler.layout import Layout
-from austeer.compiler.patch import Affine, Patch, Touch
-from austeer.compiler.rewrite import BLOCK, Matrix, Segment, recycle_blocks, rewritten_bias
-from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file
-from austeer.compiler.tensors import TensorInfo
+from austeer.compiler.form import ModelForm
+from austeer.compiler.layout import Layout, OutputLayout
+from austeer.compiler.patch import Affine, Patch
+from austeer.compiler.rewrite import BLOCK, Matrix, recycle_blocks
+from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file, write_file
+from austeer.compiler.tensors import TensorInfo, nbytes_of, render_header
+from austeer.targets.constants import Constants, Place, constants_of
+from austeer.targets.shards import Copy, Fill, Job, Shard, Zeros
 
 EDITABLE = ("F32", "F16", "BF16")
 REPORT = "this is a defect of austeer-compile, please report it"
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that happens to one tensor: its matrices are rewritten, or, for a bias, computed from one."""
-
-    tensor: TensorInfo
-    matrices: tuple[Matrix, ...]
-    is_bias: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes are rewritten."""
-        return self.tensor.nbytes if self.is_bias else sum(matrix.nbytes for matrix in self.matrices)
-
-    def segments(self) -> Iterator[Segment]:
-        """The new bytes, in file order."""
-        if self.is_bias:
-            yield rewritten_bias(self.tensor, self.matrices[0])
-            return
-        for matrix in self.matrices:
-            yield from matrix.segments()
+BASE_SHARD, NEW_SHARD = "model-base.safetensors", "model-austeer.safetensors"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build will do, known from headers alone."""
+    """What a build will do, known from headers alone. `texts` are the JSON files that differ from the base's."""
 
     checkpoint: Checkpoint
-    jobs: tuple[Job, ...]  # in the order of the files and their bytes
+    form: ModelForm
+    shards: tuple[Shard, ...]
+    texts: dict[str, bytes]
     lowering: tuple[dict[str, Any], ...]
-    kept: tuple[str, ...]
+    copied: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @property
+    def jobs(self) -> list[Job]:
+        """What happens to tensors of the base, in the order of the files and their bytes."""
+        return [job for shard in self.shards for job in shard.jobs]
+
+    @property
+    def fills(self) -> list[Fill]:
+        """The new tensors."""
+        return [fill for shard in self.shards for fill in shard.fills]
+
+    @property
     def nbytes(self) -> int:
-        """How many bytes are rewritten."""
+        """How many bytes of the base are rewritten."""
         return sum(job.nbytes for job in self.jobs)
 
     @cached_property
     def output_bytes(self) -> int:
-        """The size of the files that are copied."""
-        return sum((self.checkpoint.path / name).stat().st_size for name in self.kept)
+        """The size of the output's files."""
+        files = sum((self.checkpoint.path / name).stat().st_size for name in self.copied)
+        return files + sum(map(len, self.texts.values())) + sum(shard.size for shard in self.shards)
 
     @property
     def peak_bytes(self) -> int:
         """An upper estimate of the working memory: the blocks in flight, and each job's vectors."""
         widest = max((sum(m.shape) for job in self.jobs for m in job.matrices), default=0)
-        return 10 * 4 * max(BLOCK, widest) if self.jobs else 0
+        return 10 * 4 * max(BLOCK, widest) if self.jobs or self.fills else 0
 
-    def in_shard(self, name: str) -> list[Job]:
-        """The jobs of one file."""
-        return [job for job in self.jobs if job.tensor.file.name == name]
+    @property
+    def may_miss(self) -> frozenset[str]:
+        """Biases that config.json announces and that are left out, since the target has no place for them."""
+        if self.form.out_bias:
+            return frozenset()
+        return frozenset({self.form.architecture.attn_out.name + ".bias"})
 
 
 @dataclass
@@ -80,63 +79,78 @@ class Writing:
     rounding: dict[str, float] = field(default_factory=dict[str, float])
     advance: Callable[[int], None] = lambda _: None
 
+    def measure(self, name: str, rounding: float) -> None:
+        """Takes in the rounding error of a part of a tensor."""
+        self.rounding[name] = max(self.rounding.get(name, 0.0), rounding)
 
-def plan(patch: Patch, layout: Layout) -> Plan:
+
+def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     """Places a patch on the tensors of a checkpoint.
 
     Every operation is placed, on tensors of the right shape that nothing else changes: CheckpointError
     otherwise, and Refused for stored dtypes that cannot be edited.
     """
-    jobs = [job for form in patch.operations for job in _jobs(form, layout)]
-    twice = [name for name, times in Counter(job.tensor.name for job in jobs).items() if times > 1]
-    if twice:
-        raise CheckpointError(f"{twice[0]}: two operations of the patch change it; {REPORT}")
-    lowering = [entry for touch in patch.touches for entry in _lowering(touch, layout)]
+    output = OutputLayout(layout, form)
+    weights: dict[Place, list[Job]] = {
+        (affine.layer, affine.role): _weight_jobs(affine, layout) for affine in patch.operations
+    }
+    constants = constants_of(patch, output, {place: jobs[0].matrices[0] for place, jobs in weights.items() if jobs})
+    jobs = [job for found in weights.values() for job in found if job.nbytes]
+    for tensor, vector in constants.rewritten.items():
+        _require_editable(tensor)
+        jobs.append(Job(tensor, (), vector))
+    _require_once(jobs)
     jobs.sort(key=lambda job: (job.tensor.file.name, job.tensor.offset))
+    shards = _shards(output, jobs, [Fill(info, constants.filled.get(name)) for name, info in output.added.items()])
     kept, left_out = files_to_copy(layout.checkpoint)
-    return Plan(layout.checkpoint, tuple(jobs), tuple(lowering), tuple(kept), tuple(left_out))
+    texts = _texts(output, shards)
+    return Plan(
+        layout.checkpoint,
+        form,
+        shards,
+        texts,
+        tuple(_lowering(patch, output, constants)),
+        tuple(name for name in kept if name not in (*layout.checkpoint.shards, *texts)),
+        tuple(left_out),
+    )
 
 
 def write(plan: Plan, folder: Path, writing: Writing) -> None:
     """Writes the planned checkpoint into `folder`: unchanged bytes are copied by the kernel, changed ones computed."""
     recycle_blocks()
-    todo = {job.tensor.name for job in plan.jobs}
-    for name in plan.kept:
-        source, target = plan.checkpoint.path / name, folder / name
+    for name in plan.copied:
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name in plan.checkpoint.shards:
-            todo -= _write_shard(source, target, plan.in_shard(name), writing)
-        else:
-            copy_file(source, target)
-    if todo:
-        raise CheckpointError(f"operations that no file took: {', '.join(sorted(todo))}; {REPORT}")
+        copy_file(plan.checkpoint.path / name, target)
+    for name, text in plan.texts.items():
+        write_file(folder / name, text)
+    for shard in plan.shards:
+        _write_shard(shard, folder / shard.name, writing)
 
 
-def _write_shard(source: Path, target: Path, jobs: list[Job], writing: Writing) -> set[str]:
-    cloned = clone_file(source, target)
+def _write_shard(shard: Shard, target: Path, writing: Writing) -> None:
+    cloned = shard.source is not None and shard.header is None and clone_file(shard.source, target)
     descriptor = os.open(target, os.O_RDWR | getattr(os, "O_BINARY", 0)) if cloned else create_file(target)
-    with source.open("rb") as base, os.fdopen(descriptor, "r+b", 0) as new:
-        position = 0
-        for job in jobs:
-            for segment in job.segments():
-                _advance(base, new, position, segment.offset, cloned=cloned)
-                _write_all(new, segment.data)
-                writing.rounding[job.tensor.name] = max(writing.rounding.get(job.tensor.name, 0.0), segment.rounding)
-                end = segment.offset + len(segment.data)
-                writing.advance(end - position)
-                position = end
-        size = os.fstat(base.fileno()).st_size
-        _advance(base, new, position, size, cloned=cloned)
-        writing.advance(size - position)
-    return {job.tensor.name for job in jobs}
+    with os.fdopen(descriptor, "r+b", 0) as new, (shard.source or Path(os.devnull)).open("rb") as base:
+        for chunk in shard.chunks(writing.measure):
+            if isinstance(chunk, Copy):
+                _copy(base, new, chunk, cloned=cloned)
+                length = chunk.end - chunk.start
+            elif isinstance(chunk, Zeros):
+                length = chunk.count
+                new.truncate(new.seek(length, os.SEEK_CUR))  # a hole, where the file system has them
+            else:
+                length = len(chunk.data)
+                _write_all(new, chunk.data)
+            writing.advance(length)
 
 
-def _advance(base: IO[bytes], new: IO[bytes], position: int, end: int, *, cloned: bool) -> None:
-    """Moves on to `end` over unchanged bytes: those are there already in a clone, else they are copied."""
+def _copy(base: IO[bytes], new: IO[bytes], chunk: Copy, *, cloned: bool) -> None:
+    """Moves on over unchanged bytes: those are there already in a clone, else they are copied."""
     if cloned:
-        new.seek(end)
+        new.seek(chunk.end)
     else:
-        copy_range(base.fileno(), new.fileno(), position, end - position)
+        copy_range(base.fileno(), new.fileno(), chunk.start, chunk.end - chunk.start)
 
 
 def _write_all(file: Any, data: bytes | memoryview) -> None:
@@ -145,26 +159,19 @@ def _write_all(file: Any, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _jobs(form: Affine, layout: Layout) -> Iterator[Job]:
-    transposed = layout.facts.architecture.transposed
-    weights = [
-        Job(tensor, _matrices(tensor, form, transposed=transposed)) for tensor in layout.weights(form.layer, form.role)
-    ]
-    yield from (job for job in weights if job.nbytes)
-    bias = layout.bias(form.layer, form.role)
-    if bias is not None and form.changes_bias:
-        _require_editable(bias)
-        yield Job(bias, weights[0].matrices, is_bias=True)
-    elif form.adds_bias:
-        raise Refused(f"layer {form.layer}: {form.role} has no bias to hold a constant; legalize the program first")
+def _weight_jobs(affine: Affine, layout: Layout) -> list[Job]:
+    transposed = layout.facts.architecture.transposed and affine.role != "block"
+    tensors = layout.weights(affine.layer, affine.role)
+    return [Job(tensor, _matrices(tensor, affine, transposed=transposed)) for tensor in tensors]
 
 
 def _matrices(tensor: TensorInfo, form: Affine, *, transposed: bool) -> tuple[Matrix, ...]:
     _require_editable(tensor)
     shape = (len(form.s), len(form.a)) if transposed else (len(form.a), len(form.s))
-    if tensor.shape[-2:] != shape or len(tensor.shape) > 3:
+    stored = (*tensor.shape, 1) if len(tensor.shape) == 1 else tensor.shape
+    if stored[-2:] != shape or len(stored) > 3:
         raise CheckpointError(f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    count = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    count = stored[0] if len(stored) == 3 else 1
     step = tensor.nbytes // count
     return tuple(Matrix(tensor, tensor.offset + step * number, shape, transposed, form) for number in range(count))
 
@@ -177,15 +184,98 @@ def _require_editable(tensor: TensorInfo) -> None:
         )
 
 
-def _lowering(touch: Touch, layout: Layout) -> Iterator[dict[str, Any]]:
-    """Manifest entries: for every axis of the stored tensor the indices that may change; None is all."""
-    rows, columns = (list(part) if part is not None else None for part in (touch.rows, touch.columns))
-    if touch.part == "bias":
-        bias = layout.bias(touch.layer, touch.role)
-        tensors, axes = [bias] if bias else [], [rows]
-    else:
-        tensors = layout.weights(touch.layer, touch.role)
+def _require_once(jobs: list[Job]) -> None:
+    twice = [name for name, times in Counter(job.tensor.name for job in jobs).items() if times > 1]
+    if twice:
+        raise CheckpointError(f"{twice[0]}: two operations of the patch change it; {REPORT}")
+
+
+def _shards(output: OutputLayout, jobs: list[Job], fills: list[Fill]) -> tuple[Shard, ...]:
+    checkpoint = output.base.checkpoint
+    alone = checkpoint.shards == (WEIGHTS,)
+    made: list[Shard] = []
+    for name in checkpoint.shards:
+        here = sorted((t for t in checkpoint.tensors.values() if t.file.name == name), key=lambda t: t.offset)
+        moved = [(new, tensor.dtype, shape) for tensor in here for new, shape in output.moved[tensor.name]]
+        same = [new for new, _, _ in moved] == [tensor.name for tensor in here]
+        header = None if same else render_header(moved, checkpoint.headers[name].metadata)
+        size, start = checkpoint.headers[name].size, here[0].offset if here else 0
+        made.append(
+            Shard(
+                BASE_SHARD if alone and fills else name,
+                checkpoint.path / name,
+                header,
+                size if header is None else size - start + len(header),
+                start,
+                tuple(job for job in jobs if job.tensor.file.name == name),
+            )
+        )
+    return (*made, _new_shard(fills)) if fills else tuple(made)
+
+
+def _new_shard(fills: list[Fill]) -> Shard:
+    entries = [(fill.tensor.name, fill.tensor.dtype, fill.tensor.shape) for fill in fills]
+    header = render_header(entries, {"format": "pt"})
+    size = len(header) + sum(nbytes_of(dtype, shape) for _, dtype, shape in entries)
+    return Shard(NEW_SHARD, None, header, size, fills=tuple(fills))
+
+
+def _texts(output: OutputLayout, shards: tuple[Shard, ...]) -> dict[str, bytes]:
+    """config.json and the index, where they change."""
+    checkpoint, texts = output.base.checkpoint, dict[str, bytes]()
+    if output.config != checkpoint.config:
+        texts[CONFIG] = _json(output.config)
+    if any(shard.header is not None for shard in shards) and (len(shards) > 1 or checkpoint.index):
+        texts[INDEX] = _json(_index(output, shards))
+    return texts
+
+
+def _index(output: OutputLayout, shards: tuple[Shard, ...]) -> dict[str, Any]:
+    checkpoint = output.base.checkpoint
+    old: dict[str, Any] = read_json(checkpoint.path / checkpoint.index) if checkpoint.index else {}
+    named = {shard.source.name: shard.name for shard in shards if shard.source}
+    places = {
+        new: named[tensor.file.name]
+        for tensor in checkpoint.tensors.values()
+        if tensor.name not in checkpoint.unindexed
+        for new, _ in output.moved[tensor.name]
+    }
+    added = dict.fromkeys(output.added, NEW_SHARD)
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    size += sum(nbytes_of(info.dtype, info.shape) for info in output.added.values())
+    metadata = {**old.get("metadata", {}), "total_size": size}
+    return {**old, "metadata": metadata, "weight_map": dict(sorted({**places, **added}.items()))}
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _lowering(patch: Patch, output: OutputLayout, constants: Constants) -> Iterator[dict[str, Any]]:
+    """Manifest entries: for every axis of the written tensor the indices that may change; None is all."""
+    layout, companions = output.base, set(output.added)
+    for touch in patch.touches:
+        rows, columns = (list(part) if part is not None else None for part in (touch.rows, touch.columns))
+        if touch.part == "bias":
+            for name, axes in constants.places(touch.layer, touch.role, rows):
+                companions.discard(name)
+                yield {"edit": touch.edit, "tensor": name, "slice": axes, "exact": True}
+            continue
         axes = [columns, rows] if layout.facts.architecture.transposed else [rows, columns]
-    for tensor in tensors:
-        whole_axes = [None] * (len(tensor.shape) - len(axes))  # the experts of a stack
-        yield {"edit": touch.edit, "tensor": tensor.name, "slice": [*whole_axes, *axes], "exact": True}
+        for tensor in layout.weights(touch.layer, touch.role):
+            name, shape = output.moved[tensor.name][0]
+            whole_axes = [None] * (len(shape) - len(axes))  # the experts of a stack
+            yield {
+                "edit": touch.edit,
+                "tensor": name,
+                "slice": [rows] if len(shape) == 1 else [*whole_axes, *axes],
+                "exact": True,
+            }
+    for name in output.added:  # what only has to be there, as zeros: for the first edit that needs any of it
+        if name in companions:
+            yield {
+                "edit": constants.first_edit(patch),
+                "tensor": name,
+                "slice": [None] * len(output.added[name].shape),
+                "exact": True,
+            }

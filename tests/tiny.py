@@ -92,7 +92,7 @@ class Tiny:
             return ("attn", "ffn") if self.biases else ("ffn",)
         if self.architecture in ("mistral", "mixtral", "qwen2", "phi3") or not self.biases:
             return ()
-        return ("attn", "ffn") if self.architecture in ("llama", "opt") else ("attn",)
+        return ("attn", "ffn") if self.architecture in ("llama", "smollm3", "opt") else ("attn",)
 
 
 def _decoder(tiny: Tiny) -> dict[str, Any]:
@@ -121,6 +121,10 @@ def _with_attention_bias(tiny: Tiny) -> dict[str, Any]:
 
 def _llama(tiny: Tiny) -> dict[str, Any]:
     return {**_with_attention_bias(tiny), "mlp_bias": tiny.biases}
+
+
+def _smollm3(tiny: Tiny) -> dict[str, Any]:
+    return {**_llama(tiny), "no_rope_layers": ([1, 0] * tiny.layers)[: tiny.layers], "use_sliding_window": False}
 
 
 def _qwen3_moe(tiny: Tiny) -> dict[str, Any]:
@@ -176,6 +180,7 @@ def _opt(tiny: Tiny) -> dict[str, Any]:
 
 CONFIGS: Mapping[str, Callable[[Tiny], dict[str, Any]]] = {
     "llama": _llama,
+    "smollm3": _smollm3,
     "mistral": _decoder_with(sliding_window=None),
     "qwen2": _decoder,
     "qwen3": _with_attention_bias,

@@ -11,6 +11,7 @@ from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import encode_texts
 from austeer.compiler.verbs.common import (
+    TARGET,
     Base,
     Settings,
     certificate_dtype,
@@ -57,6 +58,7 @@ def build(
     programs: Sequence[str | Path],
     out: str | Path | None,
     *,
+    target: str = TARGET,
     revision: str | None = None,
     texts: str | Path | None = None,
     dry_run: bool = False,
@@ -69,23 +71,30 @@ def build(
     """
     program, notes = compose([Program.load(path) for path in programs])
     base = open_base(model, revision)
-    plan = plan_for(program, base)
+    plan = plan_for(program, base, target)
     notes += tuple(f"tensor {name} is not in the index and is copied as it is" for name in base.checkpoint.unindexed)
     if dry_run or out is None:
         return BuildReport(None, program, plan, None, notes)
     check = None
     if texts is not None:
-        check, notes = _certifier(base, program, texts, settings, notes)
-    certificate = write_compiled(plan, base, program, Path(out), certify=check)
+        check, notes = _certifier(base, program, texts, settings, notes, plan.may_miss)
+    certificate = write_compiled(plan, base, program, Path(out), target=target, certify=check)
     return BuildReport(str(out), program, plan, certificate, notes)
 
 
-def _certifier(base: Base, program: Program, texts: str | Path, settings: Settings, notes: tuple[str, ...]) -> Any:
+def _certifier(
+    base: Base,
+    program: Program,
+    texts: str | Path,
+    settings: Settings,
+    notes: tuple[str, ...],
+    may_miss: frozenset[str],
+) -> Any:
     length = settings.length_for(base.checkpoint.config)
     tokens, cut = encode_texts(load_tokenizer(base.path), read_texts(texts), length)
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
-        return certify(base.path, folder, program, tokens, dtype=dtype, device=settings.device)
+        return certify(base.path, folder, program, tokens, dtype=dtype, device=settings.device, may_miss=may_miss)
 
     return check, (*notes, *cut, *kept)

@@ -17,11 +17,13 @@ from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, 
 from austeer.compiler.program import Program
 from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
+from austeer.compiler.target import target_named
 from austeer.compiler.tokens import Chat
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
 from austeer.targets.checkpoint import Plan, Writing, plan, write
 from austeer.targets.hub import Fetched, content_sha256, fetch
+from austeer.targets.tables import TARGETS
 
 TARGET = "transformers"
 
@@ -73,9 +75,10 @@ def open_base(model: str, revision: str | None = None) -> Base:
     return Base(fetched, checkpoint, facts, Layout.of(checkpoint, facts))
 
 
-def plan_for(program: Program, base: Base) -> Plan:
+def plan_for(program: Program, base: Base, target: str = TARGET) -> Plan:
     """program → legalize → fold → the tensors of the base."""
-    return plan(fold(legalize(program, base.facts), base.facts), base.layout)
+    form = legalize(program, base.facts, target_named(target, TARGETS))
+    return plan(fold(program, base.facts, form), base.layout, form)
 
 
 def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
@@ -104,6 +107,7 @@ def write_compiled(
     program: Program,
     out: Path,
     *,
+    target: str = TARGET,
     certify: Callable[[Path], Certificate] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Certificate | None:
@@ -116,7 +120,7 @@ def write_compiled(
         "format": FORMAT,
         "base": base.describe(),
         "program": {"file": PROGRAM, "sha256": program.sha256},
-        "target": TARGET,
+        "target": target,
         "form": "checkpoint",
         "lowering": plan.lowering,
         "left_out": plan.left_out,

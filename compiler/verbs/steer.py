@@ -12,9 +12,11 @@ from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName, site_named
 from austeer.compiler.staging import require_place
-from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for, write_compiled
+from austeer.compiler.target import target_named
+from austeer.compiler.verbs.common import TARGET, Base, Settings, certificate_dtype, open_base, plan_for, write_compiled
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.passes.legalize import refusal
+from austeer.targets.tables import TARGETS
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def steer(
     max_drift: float = 0.1,
     neutral: str | Path | None = None,
     program_only: bool = False,
+    target: str = TARGET,
     revision: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Steering:
@@ -70,26 +73,29 @@ def steer(
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal.site, base)
+        _require_foldable(goal.site, base, target)
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
         return _report(out, goal, finding, None, ())
-    plan = plan_for(finding.program, base)
+    plan = plan_for(finding.program, base, target)
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
-        return certify(base.path, folder, finding.program, finding.texts, dtype=dtype, device=settings.device)
+        return certify(
+            base.path, folder, finding.program, finding.texts,
+            dtype=dtype, device=settings.device, may_miss=plan.may_miss,
+        )  # fmt: skip
 
     extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
-    certificate = write_compiled(plan, base, finding.program, out, certify=check, extra=extra)
+    certificate = write_compiled(plan, base, finding.program, out, target=target, certify=check, extra=extra)
     return _report(out, goal, finding, certificate, tuple(kept))
 
 
-def _require_foldable(site: SiteName, base: Base) -> None:
+def _require_foldable(site: SiteName, base: Base, target: str) -> None:
     """Refused, before any model is run, where no layer can carry a scale at the site."""
     probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
-    reasons = [refusal(probe, base.facts) for probe in probes]
+    reasons = [refusal(probe, base.facts, target_named(target, TARGETS)) for probe in probes]
     if all(reasons):
         raise Refused(
             f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only"
