@@ -43,7 +43,7 @@ OUT = click.option(
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
 TARGET = click.option(
-    "--target", type=click.Choice(["transformers"]), default="transformers", help="The engine to compile for."
+    "--target", default="transformers", show_default=True, help="The engine to compile for; `targets` lists them."
 )
 FORM = click.option("--form", type=click.Choice(["checkpoint"]), default="checkpoint", help="The form of the output.")
 RUN = options(
@@ -129,7 +129,7 @@ def steer(**arguments: Any) -> Any:
     from austeer.compiler.verbs.steer import steer as verb
 
     chosen = settings(arguments)
-    return verb(settings=chosen, **without_target(arguments))
+    return verb(settings=chosen, **without_form(arguments))
 
 
 @main.command(epilog=MODEL_HELP)
@@ -151,7 +151,7 @@ def build(**arguments: Any) -> Any:
     if arguments["out"] is None and not arguments["dry_run"]:
         raise click.UsageError("-o OUT is missing (or use --dry-run)")
     chosen = settings(arguments)
-    return verb(settings=chosen, **without_target(arguments))
+    return verb(settings=chosen, **without_form(arguments))
 
 
 @main.command()
@@ -186,6 +186,17 @@ def verify(**arguments: Any) -> Any:
 
 
 @main.command()
+@click.argument("name", required=False)
+@JSON
+@reporting
+def targets(name: str | None) -> Any:
+    """Show which engine keeps which edit of which architecture, and in what form."""
+    from austeer.compiler.verbs.targets import targets as verb
+
+    return verb(name)
+
+
+@main.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the compiled checkpoint here.")
 @JSON
 @reporting
@@ -196,9 +207,9 @@ def demo(**arguments: Any) -> Any:
     return verb(**arguments)
 
 
-def without_target(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without the options that have one value so far."""
-    return {name: value for name, value in arguments.items() if name not in ("target", "form")}
+def without_form(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without the option that has one value so far."""
+    return {name: value for name, value in arguments.items() if name != "form"}
 
 
 if __name__ == "__main__":

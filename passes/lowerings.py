@@ -112,7 +112,7 @@ def _by_values(site: str, entry: Architecture, row: Row, *, post_norm: bool) -> 
     values = entry.inputs[2] if len(entry.inputs) > 2 else entry.attn_out
     if values.outputs != ("kv",) or not _keeps(values, row.qkv) or entry.block_norm:
         return
-    out_bias = row.attn != "refuses"
+    out_bias = row.attn != "refuses" or not isinstance(entry.attn_out.bias, Flag)
     if site == "heads":
         yield Lowering(entry.model_type, "value-bias", out_bias)
     if not row.layers:

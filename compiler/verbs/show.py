@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.measure import Effect
@@ -17,6 +18,7 @@ from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.inspect import Inspection
 from austeer.compiler.verbs.steer import Steering
+from austeer.compiler.verbs.targets import Support
 from austeer.compiler.verbs.verify import Verification
 
 SHOWN = 20  # rows of long tables
@@ -113,6 +115,35 @@ def _program(program: Program) -> None:
     )
     rows = [(number, edit.layer, edit.site, edit.kind, describe(edit)) for number, edit in enumerate(program.edits)]
     _table("Edits, in program order", ("edit", "layer", "site", "kind", "what"), rows)
+
+
+@show.register
+def _(report: Support) -> None:
+    for target in report.targets:
+        columns = ("architecture", *(f"{kind} @ {', '.join(sites)}" for kind, sites in COLUMNS))
+        rows = [
+            (architecture, *(_ways(report, target.name, architecture, *column) for column in COLUMNS))
+            for architecture in ARCHITECTURES
+        ]
+        _table(f"{target.name}: {target}", columns, rows, all_rows=True)
+    if len(report.targets) == 1:
+        for reason in dict.fromkeys(cell.refusal for cell in report.cells if cell.refusal):
+            _console().print(f"refused: {reason}", markup=False)
+
+
+COLUMNS = (("scale", ("heads", "attn", "neurons", "ffn")), ("rank1", ("heads", "neurons"))) + tuple(
+    ("shift", sites) for sites in (("heads",), ("attn",), ("neurons", "ffn"), ("residual",))
+) + (("scale", ("residual",)),)  # fmt: skip
+
+
+def _ways(report: Support, target: str, architecture: str, kind: str, sites: tuple[str, ...]) -> str:
+    """All lowerings, best first; the cells of a column are alike."""
+    cell = next(
+        cell
+        for cell in report.cells
+        if (cell.target, cell.architecture, cell.kind, cell.site) == (target, architecture, kind, sites[0])
+    )
+    return ", ".join(way.describe(architecture) for way in cell.preferred) or "refused"
 
 
 def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str]) -> None:

@@ -1,0 +1,108 @@
+"""targets: which engine keeps which edit of which architecture, and in what form."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from austeer.compiler.architectures import ARCHITECTURES
+from austeer.compiler.edits import KINDS, Edit
+from austeer.compiler.sites import SITES, SiteName
+from austeer.compiler.target import Target, target_named
+from austeer.passes.lowerings import Lowering, lowerings
+from austeer.targets.tables import TARGETS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The lowerings of one edit in one architecture, best first; empty with a reason where it is refused."""
+
+    target: str
+    architecture: str
+    kind: str
+    site: SiteName
+    lowerings: tuple[Lowering, ...]
+    refusal: str = ""
+
+    @property
+    def preferred(self) -> list[Lowering]:
+        """The lowerings that models come to: after one that never fails, no other of the same carrier."""
+        found: list[Lowering] = []
+        for way in self.lowerings:
+            if not any(other.carrier == way.carrier and other.route != "value-bias" for other in found):
+                found.append(way)
+        return found
+
+    @property
+    def ways(self) -> list[str]:
+        """The lowerings in words."""
+        return [lowering.describe(self.architecture) for lowering in self.lowerings]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "target": self.target,
+            "architecture": self.architecture,
+            "kind": self.kind,
+            "site": self.site,
+            "lowerings": [{"how": how, "exact": True} for how in self.ways],
+            "refusal": self.refusal or None,
+        }
+
+
+@dataclass(frozen=True)
+class Support:
+    """Some targets, and all their cells."""
+
+    targets: tuple[Target, ...]
+    cells: tuple[Cell, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        engines = [{"name": target.name, "title": target.title, "version": target.version} for target in self.targets]
+        return {"targets": engines, "cells": [cell.plain() for cell in self.cells]}
+
+
+def targets(name: str | None = None) -> Support:
+    """The table of one target, or of all. Raises UsageError for a name that is none."""
+    chosen = (target_named(name, TARGETS),) if name else tuple(TARGETS.values())
+    return Support(chosen, tuple(cell for target in chosen for cell in _cells(target)))
+
+
+def markdown() -> str:
+    """The support matrix of the README: how a constant gets in at heads, attn, ffn and residual, a letter each."""
+    support = targets()
+    names = [target.name for target in support.targets]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for architecture in ARCHITECTURES:
+        cells = [" ".join(_letter(support, name, architecture, site) for site in SHIFTED) for name in names]
+        lines.append(f"| {architecture} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SHIFTED: tuple[SiteName, ...] = ("heads", "attn", "ffn", "residual")
+LETTERS = {"bias": "b", "value-bias": "v", "split-layer": "s", "constant-layer": "c", "norm": "n"}
+
+
+def _letter(support: Support, target: str, architecture: str, site: SiteName) -> str:
+    address = (target, architecture, "shift", site)
+    cell = next(cell for cell in support.cells if (cell.target, cell.architecture, cell.kind, cell.site) == address)
+    letters = (
+        LETTERS[way.route or "bias"].upper() if way.carrier != architecture else LETTERS[way.route or "bias"]
+        for way in cell.preferred
+    )
+    return "/".join(dict.fromkeys(letters)) or "–"
+
+
+def _cells(target: Target) -> Iterator[Cell]:
+    for architecture in ARCHITECTURES:
+        for kind in KINDS.values():
+            for site in (site for site in SITES if site in kind.sites):
+                yield _cell(target, architecture, kind, site)
+
+
+def _cell(target: Target, architecture: str, kind: type[Edit], site: SiteName) -> Cell:
+    post_norm = ARCHITECTURES[architecture].post_norm is True
+    found = lowerings(kind, site, architecture, target, post_norm=post_norm)
+    if isinstance(found, str):
+        return Cell(target.name, architecture, kind.kind, site, (), found)
+    return Cell(target.name, architecture, kind.kind, site, tuple(found))
