@@ -13,6 +13,7 @@ from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.measure import Effect
 from austeer.compiler.program import Program
+from austeer.compiler.sites import SiteName
 from austeer.compiler.text import render
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
@@ -131,9 +132,15 @@ def _(report: Support) -> None:
             _console().print(f"refused: {reason}", markup=False)
 
 
-COLUMNS = (("scale", ("heads", "attn", "neurons", "ffn")), ("rank1", ("heads", "neurons"))) + tuple(
-    ("shift", sites) for sites in (("heads",), ("attn",), ("neurons", "ffn"), ("residual",))
-) + (("scale", ("residual",)),)  # fmt: skip
+COLUMNS: tuple[tuple[str, tuple[SiteName, ...]], ...] = (
+    ("scale", ("heads", "attn", "neurons", "ffn")),
+    ("rank1", ("heads", "neurons")),
+    ("shift", ("heads",)),
+    ("shift", ("attn",)),
+    ("shift", ("neurons", "ffn")),
+    ("shift", ("residual",)),
+    ("scale", ("residual",)),
+)
 
 
 def _ways(report: Support, target: str, architecture: str, kind: str, sites: tuple[str, ...]) -> str:

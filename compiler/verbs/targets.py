@@ -90,7 +90,7 @@ def _letter(support: Support, target: str, architecture: str, site: SiteName) ->
         LETTERS[way.route or "bias"].upper() if way.carrier != architecture else LETTERS[way.route or "bias"]
         for way in cell.preferred
     )
-    return "/".join(dict.fromkeys(letters)) or "–"
+    return "/".join(dict.fromkeys(letters)) or "-"
 
 
 def _cells(target: Target) -> Iterator[Cell]:
