@@ -1,6 +1,6 @@
 """The certificate: how far a compiled checkpoint is from the reference semantics, measured on texts."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,24 +132,21 @@ class Comparison:
 
 def certify(
     base: Path,
-    compiled: Path,
     program: "Program",
     texts: Sequence[Tokens],
+    load_compiled: "Callable[[], PreTrainedModel]",
     *,
     dtype: str,
     device: str,
-    may_miss: Collection[str] = (),
 ) -> Certificate:
-    """Measures `compiled` against `base` + `program` on token sequences; one model in memory at a time.
+    """Measures a compiled model against `base` + `program` on token sequences; one model in memory at a time.
 
-    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured. `may_miss` as in
-    `load_model`, for `compiled`.
+    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured.
     """
     model = load_model(base, dtype=dtype, device=device)
     reference = observe(model, program, texts)
     del model
-    made = load_model(compiled, dtype=dtype, device=device, may_miss=may_miss)
-    return compare(made, reference, stored=stored_dtype(compiled))
+    return compare(load_compiled(), reference, stored=stored_dtype(base))
 
 
 def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens]) -> Reference:
@@ -159,9 +156,9 @@ def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens
     texts = take_tokens(texts, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
     comparison, kept, made = Comparison(), list["Tensor"](), list[Tokens]()
     for number, text in enumerate(track(texts, "reference")):
-        plain = _logits(model, text)
+        plain = text_logits(model, text)
         with interpret(model, program):
-            kept.append(_logits(model, text))
+            kept.append(text_logits(model, text))
             if number < GREEDY_TEXTS:
                 made.append(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS))
         comparison.add(kept[-1], plain)
@@ -172,7 +169,7 @@ def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> C
     """Runs the compiled model over the same texts."""
     found = Comparison()
     for text, expected in zip(track(reference.texts, "compiled"), reference.logits, strict=True):
-        found.add(expected, _logits(model, text))
+        found.add(expected, text_logits(model, text))
     made = tuple(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS) for text in reference.texts[:GREEDY_TEXTS])
     base, tokens = reference.base, found.tokens
     return Certificate(
@@ -204,8 +201,8 @@ def stored_dtype(folder: Path) -> str:
     return next((name for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")) if dtype in found), "float32")
 
 
-def _logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
-    """[tokens, vocabulary], float32 on the CPU."""
+def text_logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
+    """What a live model says of one text: logits [tokens, vocabulary], float32 on the CPU."""
     import torch
 
     with torch.inference_mode():

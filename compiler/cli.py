@@ -45,7 +45,13 @@ JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on 
 TARGET = click.option(
     "--target", default="transformers", show_default=True, help="The engine to compile for; `targets` lists them."
 )
-FORM = click.option("--form", type=click.Choice(["checkpoint"]), default="checkpoint", help="The form of the output.")
+FORM = click.option(
+    "--form",
+    type=click.Choice(["checkpoint", "lora", "gguf", "model-code"]),
+    default="checkpoint",
+    show_default=True,
+    help="What to write.",
+)
 RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
     click.option(
@@ -129,7 +135,7 @@ def steer(**arguments: Any) -> Any:
     from austeer.compiler.verbs.steer import steer as verb
 
     chosen = settings(arguments)
-    return verb(settings=chosen, **without_form(arguments))
+    return verb(settings=chosen, **arguments)
 
 
 @main.command(epilog=MODEL_HELP)
@@ -151,7 +157,7 @@ def build(**arguments: Any) -> Any:
     if arguments["out"] is None and not arguments["dry_run"]:
         raise click.UsageError("-o OUT is missing (or use --dry-run)")
     chosen = settings(arguments)
-    return verb(settings=chosen, **without_form(arguments))
+    return verb(settings=chosen, **arguments)
 
 
 @main.command()
@@ -205,11 +211,6 @@ def demo(**arguments: Any) -> Any:
     from austeer.compiler.verbs.demo import demo as verb
 
     return verb(**arguments)
-
-
-def without_form(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without the option that has one value so far."""
-    return {name: value for name, value in arguments.items() if name != "form"}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The form of a model: what the output is like, apart from the values of its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,13 @@ class ModelForm:
     def inserted(self) -> int:
         """How many layers are added."""
         return self.period * sum(self.inserts(*place) for place in self.routes)
+
+    def notes(self, home: str) -> Iterator[str]:
+        """What is not as in the base, whose architecture is `home`."""
+        if self.architecture.model_type != home:
+            yield f"written as a {self.architecture.model_type}, which is a {home} whose biases engines honour"
+        if self.inserted:
+            yield f"{self.inserted} layers are inserted; each costs as much time and cache as any other"
 
     def needs(self, role: Role) -> bool:
         """Whether the biases of the attention, or those of the FFN, have to be there."""

@@ -65,6 +65,11 @@ class Plan:
         return 10 * 4 * max(BLOCK, widest) if self.jobs or self.fills else 0
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """How the model is written, where that is not as the base is."""
+        return tuple(self.form.notes(str(self.checkpoint.config["model_type"])))
+
+    @property
     def may_miss(self) -> frozenset[str]:
         """Biases that config.json announces and that are left out, since the target has no place for them."""
         if self.form.out_bias:

@@ -59,10 +59,15 @@ class Fill:
     tensor: TensorInfo  # its offset and file are not known yet
     vector: Callable[[], Floats] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor."""
+        return nbytes_of(self.tensor.dtype, self.tensor.shape)
+
     def chunks(self) -> Iterator[Chunk]:
         """The whole tensor."""
         if self.vector is None:
-            yield Zeros(nbytes_of(self.tensor.dtype, self.tensor.shape))
+            yield Zeros(self.nbytes)
         elif len(self.tensor.shape) == 1:
             yield whole(self.tensor, self.vector())
         else:

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.compiler.certificate import Certificate, certify
+from austeer.compiler.certificate import Certificate
 from austeer.compiler.live import load_tokenizer
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import encode_texts
 from austeer.compiler.verbs.common import (
+    FORM,
     TARGET,
-    Base,
+    Compiled,
     Settings,
     certificate_dtype,
     open_base,
-    plan_for,
     write_compiled,
 )
 from austeer.passes.compose import compose
-from austeer.targets.checkpoint import Plan
+from austeer.targets.checkpoint import NEW_SHARD, Plan
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,38 @@ class BuildReport:
     """What was, or with `dry_run` would be, written."""
 
     out: str | None
-    program: Program
-    plan: Plan
+    compiled: Compiled
     certificate: Certificate | None
     notes: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        tensors = [
-            {"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in self.plan.jobs
-        ]
+        program, plan = self.compiled.program, self.compiled.plan
         return {
             "out": self.out,
-            "sha256": self.program.sha256,
-            "edits": len(self.program.edits),
-            "tensors": tensors,
-            "bytes_to_rewrite": self.plan.nbytes,
-            "bytes_to_copy": self.plan.output_bytes,
-            "peak_memory_bytes": self.plan.peak_bytes,
-            "lowering": list(self.plan.lowering),
-            "left_out": list(self.plan.left_out),
+            "target": self.compiled.target,
+            "form": self.compiled.form,
+            "sha256": program.sha256,
+            "edits": len(program.edits),
+            **self._costs(),
+            "lowering": list(plan.lowering),
+            "left_out": list(plan.left_out),
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        """What is rewritten in a checkpoint, and the size of any output."""
+        plan = self.compiled.plan
+        if not isinstance(plan, Plan):
+            return {"bytes_to_copy": plan.output_bytes}
+        tensors = [{"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in plan.jobs]
+        new = [{"tensor": fill.tensor.name, "file": NEW_SHARD, "bytes": fill.nbytes} for fill in plan.fills]
+        return {
+            "tensors": [*tensors, *new],
+            "bytes_to_rewrite": plan.nbytes,
+            "bytes_to_copy": plan.output_bytes,
+            "peak_memory_bytes": plan.peak_bytes,
         }
 
 
@@ -59,6 +69,7 @@ def build(
     out: str | Path | None,
     *,
     target: str = TARGET,
+    form: str = FORM,
     revision: str | None = None,
     texts: str | Path | None = None,
     dry_run: bool = False,
@@ -71,30 +82,25 @@ def build(
     """
     program, notes = compose([Program.load(path) for path in programs])
     base = open_base(model, revision)
-    plan = plan_for(program, base, target)
+    compiled = Compiled.of(program, base, target, form)
+    notes += compiled.plan.notes
     notes += tuple(f"tensor {name} is not in the index and is copied as it is" for name in base.checkpoint.unindexed)
     if dry_run or out is None:
-        return BuildReport(None, program, plan, None, notes)
+        return BuildReport(None, compiled, None, notes)
     check = None
     if texts is not None:
-        check, notes = _certifier(base, program, texts, settings, notes, plan.may_miss)
-    certificate = write_compiled(plan, base, program, Path(out), target=target, certify=check)
-    return BuildReport(str(out), program, plan, certificate, notes)
+        check, notes = _certifier(compiled, texts, settings, notes)
+    certificate = write_compiled(compiled, Path(out), certify=check)
+    return BuildReport(str(out), compiled, certificate, notes)
 
 
-def _certifier(
-    base: Base,
-    program: Program,
-    texts: str | Path,
-    settings: Settings,
-    notes: tuple[str, ...],
-    may_miss: frozenset[str],
-) -> Any:
+def _certifier(compiled: Compiled, texts: str | Path, settings: Settings, notes: tuple[str, ...]) -> Any:
+    base = compiled.base
     length = settings.length_for(base.checkpoint.config)
     tokens, cut = encode_texts(load_tokenizer(base.path), read_texts(texts), length)
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
-        return certify(base.path, folder, program, tokens, dtype=dtype, device=settings.device, may_miss=may_miss)
+        return compiled.certify(folder, tokens, dtype, settings.device)
 
     return check, (*notes, *cut, *kept)

@@ -1,13 +1,13 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from austeer.compiler.card import read_card, render_card
-from austeer.compiler.certificate import Certificate
+from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import CheckFailed
 from austeer.compiler.facts import ModelFacts, facts_of
@@ -18,14 +18,16 @@ from austeer.compiler.program import Program
 from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
 from austeer.compiler.target import target_named
-from austeer.compiler.tokens import Chat
-from austeer.passes.fold import fold
-from austeer.passes.legalize import legalize
-from austeer.targets.checkpoint import Plan, Writing, plan, write
+from austeer.compiler.tokens import Chat, Tokens
+from austeer.compiler.verbs.forms import form_named
+from austeer.targets.checkpoint import Writing
 from austeer.targets.hub import Fetched, content_sha256, fetch
 from austeer.targets.tables import TARGETS
 
-TARGET = "transformers"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TARGET, FORM = "transformers", "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,37 @@ def open_base(model: str, revision: str | None = None) -> Base:
     return Base(fetched, checkpoint, facts, Layout.of(checkpoint, facts))
 
 
-def plan_for(program: Program, base: Base, target: str = TARGET) -> Plan:
-    """program → legalize → fold → the tensors of the base."""
-    form = legalize(program, base.facts, target_named(target, TARGETS))
-    return plan(fold(program, base.facts, form), base.layout, form)
+@dataclass(frozen=True)
+class Compiled:
+    """A program compiled into a base for a target, in a form: all that is decided before anything is written."""
+
+    program: Program
+    base: Base
+    target: str
+    form: str
+    plan: Any  # as its form makes it, a Planned
+
+    @staticmethod
+    def of(program: Program, base: Base, target: str = TARGET, form: str = FORM) -> "Compiled":
+        """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
+        chosen, engine = form_named(form), target_named(target, TARGETS)
+        return Compiled(program, base, target, form, chosen.plan(program, base.layout, engine, base.fetched.id))
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Writes the form's files into an empty folder."""
+        form_named(self.form).write(self.plan, folder, writing)
+
+    def compare(self, out: Path) -> dict[str, str]:
+        """For each file of `out`, "ok" or what is wrong with it."""
+        return form_named(self.form).compare(self.plan, out)
+
+    def certify(self, out: Path, texts: Sequence[Tokens], dtype: str, device: str) -> Certificate:
+        """Measures what lies in `out` against the interpreter."""
+
+        def load() -> "PreTrainedModel":
+            return form_named(self.form).load(self.plan, out, self.base.path, dtype, device)
+
+        return certify(self.base.path, self.program, texts, load, dtype=dtype, device=device)
 
 
 def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
@@ -102,26 +131,24 @@ def _fits_in_float32(base: Base, settings: Settings) -> bool:
 
 
 def write_compiled(
-    plan: Plan,
-    base: Base,
-    program: Program,
+    compiled: Compiled,
     out: Path,
     *,
-    target: str = TARGET,
     certify: Callable[[Path], Certificate] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Certificate | None:
-    """Writes the compiled checkpoint at `out`, whole or not at all, and certifies it before it appears.
+    """Writes the compiled model at `out`, whole or not at all, and certifies it before it appears.
 
     Raises OutputError if `out` exists or cannot be written, CheckFailed, leaving nothing, if the certificate
     does not hold.
     """
+    program, base, plan = compiled.program, compiled.base, compiled.plan
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "base": base.describe(),
         "program": {"file": PROGRAM, "sha256": program.sha256},
-        "target": target,
-        "form": "checkpoint",
+        "target": compiled.target,
+        "form": compiled.form,
         "lowering": plan.lowering,
         "left_out": plan.left_out,
         **(extra or {}),
@@ -129,7 +156,7 @@ def write_compiled(
     with staged(out, needed=plan.output_bytes) as folder:
         with bar("Writing", plan.output_bytes) as advance:
             writing = Writing(advance=advance)
-            write(plan, folder, writing)
+            compiled.write(folder, writing)
         (folder / PROGRAM).parent.mkdir()
         program.save(folder / PROGRAM)
         certificate = certify(folder) if certify else None

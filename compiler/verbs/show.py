@@ -33,16 +33,18 @@ def show(report: Any) -> None:
 
 @show.register
 def _(report: BuildReport) -> None:
-    plan, console = report.plan, _console()
-    rows = [(job.tensor.file.name, job.tensor.name, f"{job.nbytes:,}") for job in plan.jobs]
-    _table("Plan" if report.out is None else "Rewritten", ("file", "tensor", "bytes"), rows)
+    plan, console = report.compiled.plan, _console()
+    plain, edits = report.plain(), len(report.compiled.program.edits)
+    rows = [(row["file"], row["tensor"], f"{row['bytes']:,}") for row in plain.get("tensors", ())]
+    if rows:
+        _table("Plan" if report.out is None else "Written anew", ("file", "tensor", "bytes"), rows)
     if report.out is None:
         slices = [(entry["edit"], entry["tensor"], _slice(entry["slice"])) for entry in plan.lowering]
         _table("Slices", ("edit", "tensor", "slice"), slices)
-    console.print(
-        f"{len(report.program.edits)} edits, {len(plan.jobs)} tensors, {plan.nbytes:,} bytes rewritten of "
-        f"{plan.output_bytes:,} copied, working memory up to {plan.peak_bytes / 2**20:.0f} MB"
-    )
+    console.print(f"{edits} edits, {len(rows)} tensors, {plan.output_bytes:,} bytes in all")
+    if "peak_memory_bytes" in plain:
+        rewritten, memory = plain["bytes_to_rewrite"], plain["peak_memory_bytes"] / 2**20
+        console.print(f"{rewritten:,} bytes of the base rewritten, working memory up to {memory:.0f} MB")
     if plan.left_out:
         console.print(f"Left out (not part of the checkpoint): {', '.join(plan.left_out)}", markup=False)
     _end(report.out, report.certificate, report.notes)
@@ -143,7 +145,7 @@ COLUMNS: tuple[tuple[str, tuple[SiteName, ...]], ...] = (
 )
 
 
-def _ways(report: Support, target: str, architecture: str, kind: str, sites: tuple[str, ...]) -> str:
+def _ways(report: Support, target: str, architecture: str, kind: str, sites: tuple[SiteName, ...]) -> str:
     """All lowerings, best first; the cells of a column are alike."""
     cell = next(
         cell

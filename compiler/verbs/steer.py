@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.compiler.certificate import Certificate, certify
+from austeer.compiler.certificate import Certificate
 from austeer.compiler.edits import Scale
 from austeer.compiler.errors import Refused, UsageError
 from austeer.compiler.pairs import read_pairs, read_texts
@@ -13,7 +13,16 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName, site_named
 from austeer.compiler.staging import require_place
 from austeer.compiler.target import target_named
-from austeer.compiler.verbs.common import TARGET, Base, Settings, certificate_dtype, open_base, plan_for, write_compiled
+from austeer.compiler.verbs.common import (
+    FORM,
+    TARGET,
+    Base,
+    Compiled,
+    Settings,
+    certificate_dtype,
+    open_base,
+    write_compiled,
+)
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.passes.legalize import refusal
 from austeer.targets.tables import TARGETS
@@ -58,6 +67,7 @@ def steer(
     neutral: str | Path | None = None,
     program_only: bool = False,
     target: str = TARGET,
+    form: str = FORM,
     revision: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Steering:
@@ -78,18 +88,15 @@ def steer(
     if program_only:
         finding.program.save(out)
         return _report(out, goal, finding, None, ())
-    plan = plan_for(finding.program, base, target)
+    compiled = Compiled.of(finding.program, base, target, form)
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
-        return certify(
-            base.path, folder, finding.program, finding.texts,
-            dtype=dtype, device=settings.device, may_miss=plan.may_miss,
-        )  # fmt: skip
+        return compiled.certify(folder, finding.texts, dtype, settings.device)
 
     extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
-    certificate = write_compiled(plan, base, finding.program, out, target=target, certify=check, extra=extra)
-    return _report(out, goal, finding, certificate, tuple(kept))
+    certificate = write_compiled(compiled, out, certify=check, extra=extra)
+    return _report(out, goal, finding, certificate, (*kept, *compiled.plan.notes))
 
 
 def _require_foldable(site: SiteName, base: Base, target: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.edits import KINDS, Edit
-from austeer.compiler.sites import SITES, SiteName
+from austeer.compiler.sites import SiteName
 from austeer.compiler.target import Target, target_named
 from austeer.passes.lowerings import Lowering, lowerings
 from austeer.targets.tables import TARGETS
@@ -96,7 +96,7 @@ def _letter(support: Support, target: str, architecture: str, site: SiteName) ->
 def _cells(target: Target) -> Iterator[Cell]:
     for architecture in ARCHITECTURES:
         for kind in KINDS.values():
-            for site in (site for site in SITES if site in kind.sites):
+            for site in kind.sites:
                 yield _cell(target, architecture, kind, site)
 
 

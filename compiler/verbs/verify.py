@@ -1,24 +1,20 @@
 """verify: a compiled checkpoint checked from its files alone: bytes, then numbers."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from austeer.compiler.certificate import Certificate, certify
-from austeer.compiler.checkpoint import Checkpoint
+from austeer.compiler.certificate import Certificate
 from austeer.compiler.errors import UsageError
 from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.progress import track
 from austeer.compiler.tokens import encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for
-from austeer.targets.shards import Copy, Shard, Zeros
+from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, open_base
 
 CHUNK = 2**24
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
@@ -64,17 +60,15 @@ def verify(
     """
     out = Path(out)
     manifest = read_manifest(out)
-    Checkpoint.open(out)  # whole and sound
     program = Program.load(out / PROGRAM)
     opened = open_base(base or _find_base(manifest, out), None if base else manifest["base"]["revision"])
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
-    plan = plan_for(program, opened, manifest["target"])
-    files = {shard.name: _compare(shard, out) for shard in track(plan.shards, "Comparing", len(plan.shards))}
-    files |= {name: _compare_text(out / name, text) for name, text in plan.texts.items()}
+    compiled = Compiled.of(program, opened, manifest["target"], manifest["form"])
+    files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
-    certificate, notes = _measure(opened, out, program, texts, settings, plan.may_miss)
+    certificate, notes = _measure(compiled, out, texts, settings)
     problems += certificate.failures()
     return Verification(tuple(problems), files, certificate, notes)
 
@@ -106,37 +100,6 @@ def _identity_problems(manifest: dict[str, Any], program: Program, base: Base) -
             yield f"{name} of the base is not the file that was compiled (its content differs)"
 
 
-def _compare(shard: Shard, out: Path) -> str:
-    """Whether a file is, byte for byte, what compiling the base would give now."""
-    path = out / shard.name
-    if not path.is_file() or path.stat().st_size != shard.size:
-        return f"missing, or not of the {shard.size:,} bytes that it should have"
-    with (shard.source or Path(os.devnull)).open("rb") as old, path.open("rb") as new:
-        for chunk in shard.chunks():
-            if isinstance(chunk, Copy):
-                old.seek(chunk.start)
-                same = all(old.read(size) == new.read(size) for size in _pieces(chunk.end - chunk.start))
-            elif isinstance(chunk, Zeros):
-                same = all(not any(new.read(size)) for size in _pieces(chunk.count))
-            else:
-                same = new.read(len(chunk.data)) == chunk.data
-            if not same:
-                what = "bytes outside the edited slices differ from the base" if isinstance(chunk, Copy) else "changed"
-                return f"{what}, before byte {new.tell():,}"
-    return "ok"
-
-
-def _compare_text(path: Path, text: bytes) -> str:
-    return "ok" if path.is_file() and path.read_bytes() == text else "missing or changed"
-
-
-def _pieces(count: int) -> Iterator[int]:
-    """So many bytes, in sizes that memory can take."""
-    while count > 0:
-        yield min(CHUNK, count)
-        count -= CHUNK
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -146,13 +109,9 @@ def _sha256(path: Path) -> str:
 
 
 def _measure(
-    base: Base,
-    out: Path,
-    program: Program,
-    texts: str | Path | None,
-    settings: Settings,
-    may_miss: frozenset[str],
+    compiled: Compiled, out: Path, texts: str | Path | None, settings: Settings
 ) -> tuple[Certificate, tuple[str, ...]]:
+    base = compiled.base
     dtype, notes = certificate_dtype(base, settings)
     tokenizer = load_tokenizer(base.path)
     if texts is not None:
@@ -162,7 +121,4 @@ def _measure(
         model = load_model(base.path, dtype=dtype, device=settings.device)
         tokens = sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed)
         del model
-    certificate = certify(
-        base.path, out, program, take_tokens(tokens, 4096), dtype=dtype, device=settings.device, may_miss=may_miss
-    )
-    return certificate, tuple(notes)
+    return compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device), tuple(notes)
