@@ -1,14 +1,11 @@
 """The form `lora`: a patch as a PEFT adapter, which engines serve beside the unedited base.
 
-One rank for all modules, zero-padded, and lora_alpha equal to it: the scale alpha / r is 1 for those who know
-rank_pattern and rsLoRA and those who do not. The modules are named by their full paths, so that an adapter has
-tensors for the edited ones only. Values are float32: engines cast them to the model's dtype, and what needs no
-cast (PEFT, llama.cpp) loses nothing.
+Its values are float32: engines cast them to the model's dtype, and those that need not (PEFT, llama.cpp) lose
+nothing.
 """
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +21,12 @@ from austeer.compiler.patch import Affine, Patch, Touch
 from austeer.compiler.rewrite import Matrix, stored_values
 from austeer.compiler.staging import copy_file, write_file
 from austeer.targets.checkpoint import Writing
-from austeer.targets.lora_engines import Engine, engine_for
+from austeer.targets.lora_engines import engine_for
+from austeer.targets.lora_files import CONFIG, WEIGHTS, config_file, factor_names, weights_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 WAY_OUT = "use --form checkpoint"
 
 
@@ -41,15 +37,10 @@ class Module:
     name: str
     change: LowRank
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The tensors of its factors A and B in the file."""
-        return f"base_model.model.{self.name}.lora_A.weight", f"base_model.model.{self.name}.lora_B.weight"
-
-    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes of A and B."""
+    def shapes(self, rank: int) -> dict[str, tuple[int, int]]:
+        """The shapes of its factors A and B, by their names in the file."""
         form = self.change.matrix.form
-        return (rank, len(form.s)), (len(form.a), rank)
+        return dict(zip(factor_names(self.name), ((rank, len(form.s)), (len(form.a), rank)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -66,57 +57,47 @@ class LoraPlan:
     notes: tuple[str, ...]
 
     @property
-    def header(self) -> bytes:
-        """The start of the safetensors file: one metadata key, tensors in the order of their bytes, padded to 8."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for module in self.modules:
-            for key, shape in zip(module.keys, module.shapes(self.rank), strict=True):
-                end = offset + 4 * shape[0] * shape[1]
-                entries[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
-                offset = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of all tensors, in the order of their bytes."""
+        return {name: shape for module in self.modules for name, shape in module.shapes(self.rank).items()}
 
     @property
     def output_bytes(self) -> int:
         """The size of all files."""
-        values = sum(rows * columns for module in self.modules for rows, columns in module.shapes(self.rank))
+        values = sum(rows * columns for rows, columns in self.shapes.values())
         copied = sum((self.checkpoint.path / name).stat().st_size for name in self.kept)
-        return len(self.config) + len(self.header) + 4 * values + copied
+        return len(self.config) + len(weights_header(self.shapes)) + 4 * values + copied
 
 
-def plan(patch: Patch, layout: Layout, target: str) -> LoraPlan:
+def plan(patch: Patch, layout: Layout, target: str, *, name: str) -> LoraPlan:
     """The adapter that does what a patch says, for an engine of the table in `lora_engines`.
 
+    `name` is the base's Hub id, or what else the adapter's configuration shall call it; never a path.
     Refused, naming every projection that has no exact low-rank change, or the reason why the engine does not
     serve the adapter.
     """
-    engine = engine_for(target)
-    refused = [
-        f"  layer {form.layer}, {form.role}: {why}" for form in patch.operations if (why := _refusal(form, layout))
-    ]
-    if refused:
-        count = f"{len(refused)} of {len(patch.operations)} edited projections"
-        raise Refused("\n".join([f"{count} cannot be an adapter; {WAY_OUT}:", *refused]))
-    edited = {
-        (form.layer, form.role): module for form in patch.operations if (module := _module(form, layout)).change.rank
-    }
+    engine, entry = engine_for(target), layout.facts.architecture
+    _require_low_rank(patch, layout)
+    changes = {(form.layer, form.role): _module(form, layout) for form in patch.operations}
+    edited = {place: module for place, module in changes.items() if module.change.rank}
     if not edited:
         raise Refused(f"the program changes no weight, so there is nothing for an adapter to hold; {WAY_OUT}")
     rank = max(module.change.rank for module in edited.values())
-    names = [layout.facts.projection(role).name for _, role in edited]
-    engine.require(layout.facts.architecture.model_type, names, rank)
-    lowering = [entry for touch in patch.touches for entry in _lowering(touch, edited.get((touch.layer, touch.role)))]
+    engine.require(entry.model_type, [module.name for module in edited.values()], rank)
     modules = tuple(edited.values()) if engine.partial else tuple(_all_layers(edited, layout))
-    kept, left_out = files_to_copy(layout.checkpoint)
-    licences = tuple(name for name in kept if is_licence(name))
-    rest = tuple(sorted({*kept, *left_out} - {*licences}))
+    lowering = [line for touch in patch.touches for line in _lowering(touch, edited.get((touch.layer, touch.role)))]
+    files = {file for files in files_to_copy(layout.checkpoint) for file in files}
+    kept = tuple(sorted(filter(is_licence, files)))
     return LoraPlan(
-        layout.checkpoint, modules, rank, _config(modules, rank, layout), tuple(lowering), licences, rest,
-        (_note(rank, engine),),
-    )  # fmt: skip
+        checkpoint=layout.checkpoint,
+        modules=modules,
+        rank=rank,
+        config=config_file(name, [module.name for module in modules], rank, transposed=entry.transposed),
+        lowering=tuple(lowering),
+        kept=kept,
+        left_out=tuple(sorted(files - {*kept})),
+        notes=(f"an adapter of rank {rank}; serve it with {engine.command(rank)}",),
+    )
 
 
 def write(plan: LoraPlan, folder: Path, writing: Writing) -> None:
@@ -127,10 +108,10 @@ def write(plan: LoraPlan, folder: Path, writing: Writing) -> None:
     """
     write_file(folder / CONFIG, plan.config)
     with (folder / WEIGHTS).open("xb") as file:
-        file.write(plan.header)
+        file.write(weights_header(plan.shapes))
         for module in plan.modules:
             tensor = module.change.matrix.tensor
-            for key, values in zip(module.keys, module.change.factors(plan.rank), strict=True):
+            for key, values in zip(factor_names(module.name), module.change.factors(plan.rank), strict=True):
                 _, writing.rounding[key] = stored_values(values, tensor)
                 file.write(np.ascontiguousarray(values, "<f4").data)
                 writing.advance(values.nbytes)
@@ -155,7 +136,16 @@ def load(folder: Path, base: Path, *, dtype: str = "auto", device: str = "auto")
             attached = PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise CheckpointError(f"{folder}: PEFT cannot attach this adapter to {base.name}: {error}") from error
-    return attached.get_base_model()
+    served: Any = attached.get_base_model()
+    return served
+
+
+def _require_low_rank(patch: Patch, layout: Layout) -> None:
+    reasons = [(form, _refusal(form, layout)) for form in patch.operations]
+    refused = [f"  layer {form.layer}, {form.role}: {reason}" for form, reason in reasons if reason]
+    if refused:
+        count = f"{len(refused)} of {len(reasons)} edited projections"
+        raise Refused("\n".join([f"{count} cannot be an adapter; {WAY_OUT}:", *refused]))
 
 
 def _refusal(form: Affine, layout: Layout) -> str | None:
@@ -188,32 +178,6 @@ def _all_layers(edited: dict[Any, Module], layout: Layout) -> Iterator[Module]:
             yield edited.get((layer, role)) or _module(unedited, layout)
 
 
-def _config(modules: Sequence[Module], rank: int, layout: Layout) -> bytes:
-    """adapter_config.json: every key that decides what the adapter does, and none that PEFT 0.9 did not know."""
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": layout.facts.geometry.name,
-        "revision": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "bias": "none",
-        "modules_to_save": None,
-        "target_modules": [module.name for module in modules],
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "fan_in_fan_out": layout.facts.architecture.transposed,
-        "init_lora_weights": True,
-    }
-    return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
 def _lowering(touch: Touch, module: Module | None) -> Iterator[dict[str, Any]]:
     """Manifest entries: the terms of both factors that an edit may change."""
     if module is None or touch.part == "bias":
@@ -227,9 +191,5 @@ def _lowering(touch: Touch, module: Module | None) -> Iterator[dict[str, Any]]:
         ranks += [n for n, column in listed if touch.columns is None or column in touch.columns]
         if touch.columns is None or not columns.issuperset(touch.columns):
             ranks += range(first + len(columns), change.rank)
-    for key, axes in zip(module.keys, ([ranks, None], [None, ranks]), strict=True):
+    for key, axes in zip(factor_names(module.name), ([ranks, None], [None, ranks]), strict=True):
         yield {"edit": touch.edit, "tensor": key, "slice": axes, "exact": True}
-
-
-def _note(rank: int, engine: Engine) -> str:
-    return f"an adapter of rank {rank}; serve it with {engine.command(rank)}"
