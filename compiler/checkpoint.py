@@ -157,9 +157,14 @@ def read_index(path: Path) -> dict[str, str]:
 
 def is_copied(name: str) -> bool:
     """Whether a file, by its path in the model directory with `/`, goes along besides the weights."""
-    if "/" not in name and any(fnmatchcase(name.lower(), pattern) for pattern in _LICENCES):
+    if is_licence(name):
         return True
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in COPIED)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file, by its path in the model directory, says under which terms the model may be used."""
+    return "/" not in name and any(fnmatchcase(name.lower(), pattern) for pattern in _LICENCES)
 
 
 def files_to_copy(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:

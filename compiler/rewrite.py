@@ -4,7 +4,7 @@ Everything is elementwise float32, and sums over a fixed tree, so that equal inp
 every machine: no BLAS, whose order of summation is its own affair.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
@@ -71,11 +71,12 @@ class Matrix:
                 for first, last in _blocks(start, end, self.shape[1]):
                     yield self._segment(file, first, last)
 
-    def rows(self) -> Iterator[tuple[slice, Floats]]:
-        """The whole base matrix in float32, as blocks of stored rows [rows, stored columns]."""
+    def rows(self, runs: Sequence[tuple[int, int]] | None = None) -> Iterator[tuple[slice, Floats]]:
+        """The base matrix in float32, as blocks of stored rows [rows, stored columns]: all, or those in `runs`."""
         with self.tensor.file.open("rb") as file:
-            for first, last in _blocks(0, self.shape[0], self.shape[1]):
-                yield slice(first, last), to_float32(self._read(file, first, last), self.tensor.dtype)
+            for start, end in [(0, self.shape[0])] if runs is None else runs:
+                for first, last in _blocks(start, end, self.shape[1]):
+                    yield slice(first, last), to_float32(self._read(file, first, last), self.tensor.dtype)
 
     def _segment(self, file: BufferedReader, first: int, last: int) -> Segment:
         stored = self._read(file, first, last)

@@ -88,6 +88,7 @@ def test_modules_import_only_each_other_the_standard_library_and_the_dependencie
         "huggingface_hub",
         "jinja2",
         "numpy",
+        "peft",
         "rich",
         "safetensors",
         "torch",

@@ -81,8 +81,10 @@ def converted(model: Path, folder: Path) -> Path:
     return target
 
 
-def served(gguf: Path, ids: Sequence[int], vocabulary: int, ascii_token: int) -> "np.ndarray[Any, Any]":
-    """The log-probabilities of llama.cpp after each prefix of the prompt.
+def served(
+    gguf: Path, ids: Sequence[int], vocabulary: int, ascii_token: int, lora: Path | None = None
+) -> "np.ndarray[Any, Any]":
+    """The log-probabilities of llama.cpp after each prefix of the prompt, with a LoRA adapter in GGUF if given.
 
     Cache in float32 and no flash attention: the defaults round to 16 bits. The sampled token is forced, by a
     bias that does not enter the reported probabilities: a part of a character would not be reported at all.
@@ -94,6 +96,10 @@ def served(gguf: Path, ids: Sequence[int], vocabulary: int, ascii_token: int) ->
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if lora is not None:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = str(lora), 1.0
+        options.lora_adapters = [adapter]
     server = xllamacpp.Server(options)
     found = np.full((len(ids), vocabulary), np.nan)
     for position in range(len(ids)):
