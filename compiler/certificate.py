@@ -225,5 +225,7 @@ def greedy(model: "PreTrainedModel", prompt: Tokens, count: int) -> Tokens:
 
 
 def _zeros(model: "PreTrainedModel") -> float:
-    weights = [weight for weight in model.parameters() if weight.dim() >= 2]
+    # An adapter stands beside the weights and is none of them.
+    named = ((name, weight) for name, weight in model.named_parameters() if "lora_" not in name)
+    weights = [weight for _, weight in named if weight.dim() >= 2]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

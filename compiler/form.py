@@ -47,7 +47,7 @@ class ModelForm:
         if self.architecture.model_type != home:
             yield f"written as a {self.architecture.model_type}, which is a {home} whose biases engines honour"
         if self.inserted:
-            yield f"{self.inserted} layers are inserted; each costs as much time and cache as any other"
+            yield f"layers inserted: {self.inserted}, each as costly in time and cache as any other"
 
     def needs(self, role: Role) -> bool:
         """Whether the biases of the attention, or those of the FFN, have to be there."""

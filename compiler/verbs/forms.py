@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from austeer.compiler.errors import UsageError
+from austeer.compiler.form import ModelForm
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
@@ -14,8 +16,9 @@ from austeer.compiler.progress import track
 from austeer.compiler.target import Target
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
-from austeer.targets import checkpoint
+from austeer.targets import checkpoint, lora
 from austeer.targets.checkpoint import Plan, Writing
+from austeer.targets.lora import LoraPlan
 from austeer.targets.shards import Copy, Shard, Zeros
 
 if TYPE_CHECKING:
@@ -112,6 +115,29 @@ def _pieces(count: int) -> Iterator[int]:
         count -= CHUNK
 
 
+def _plan_lora(program: Program, layout: Layout, target: Target, name: str) -> LoraPlan:
+    program.require_fit(layout.facts.geometry)
+    own = ModelForm(layout.facts.architecture)
+    return lora.plan(fold(program, layout.facts, own), layout, target.name, name=name)
+
+
+def _load_lora(_: LoraPlan, out: Path, base: Path, dtype: str, device: str) -> "PreTrainedModel":
+    return lora.load(out, base, dtype=dtype, device=device)
+
+
+def _compare_by_writing(write: Callable[[Any, Path, Writing], None]) -> Callable[[Any, Path], dict[str, str]]:
+    """For small outputs: written once more, elsewhere, every file must have the same bytes."""
+
+    def compare(plan: Any, out: Path) -> dict[str, str]:
+        with TemporaryDirectory() as folder:
+            write(plan, Path(folder), Writing())
+            names = sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+            return {str(name): _compare_text(out / name, (Path(folder) / name).read_bytes()) for name in names}
+
+    return compare
+
+
 FORMS: Mapping[str, Form] = {
     "checkpoint": Form(_plan_checkpoint, checkpoint.write, _load_checkpoint, _compare_checkpoint),
+    "lora": Form(_plan_lora, lora.write, _load_lora, _compare_by_writing(lora.write)),
 }
