@@ -47,11 +47,21 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The header of a GGUF file: metadata as plain Python values, tensors in the order of the file."""
+    """The header of a GGUF file: metadata as plain Python values, tensors in the order of the file.
+
+    The header ends at byte `header_end`, with the table of tensors; their bytes begin at `data`.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    header_end: int
+    data: int
+
+    @property
+    def alignment(self) -> int:
+        """What the places of tensors are multiples of, in bytes from `data`."""
+        return int(self.metadata.get("general.alignment", 32))
 
     def values(self, tensor: GgufTensor) -> NDArray[np.float32]:
         """The numbers of a tensor, in its shape; InputError unless it is F32, F16, BF16 or F64."""
@@ -95,9 +105,9 @@ class _Reader:
         tensors, entries = self.number("Q"), self.number("Q")
         metadata = self.named(entries, "metadata key", self.entry)
         infos = self.named(tensors, "tensor", self.tensor)
-        start = self.aligned(metadata)
+        end, start = self.at, self.aligned(metadata)
         found = {name: _placed(GgufTensor(name, *info), start, len(self.data)) for name, info in infos.items()}
-        return Gguf(path, metadata, found)
+        return Gguf(path, metadata, found, end, start)
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:

@@ -128,21 +128,26 @@ class Matrix:
         return [part for part in parts if not _is_empty(part)]
 
 
-@OVERFLOWING
 def rewritten_bias(tensor: TensorInfo, matrix: Matrix) -> Segment:
-    """b' = a⊙(b + W t) + U(Vᵀt) + u, as the new bytes of the whole bias."""
-    form = matrix.form
+    """The new bytes of a whole bias that the base has."""
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         bias = to_float32(file.read(tensor.nbytes), tensor.dtype)
+    data, rounding = stored_values(new_bias(matrix, bias), tensor)
+    return Segment(tensor.offset, data.tobytes(), rounding)
+
+
+@OVERFLOWING
+def new_bias(matrix: Matrix, bias: Floats) -> Floats:
+    """b' = a⊙(b + W t) + U(Vᵀt) + u; a base without a bias has b = 0. W is only read where t is not 0."""
+    form = matrix.form
     new = bias.astype(np.float64)
     if form.t.any():
         new += product(matrix, form.t)
     new *= form.a
     for v, k in form.terms:
         new += v.astype(np.float64) * tree_sum(k.astype(np.float64) * form.t, axis=0)
-    data, rounding = stored_values((new + form.u).astype(np.float32), tensor)
-    return Segment(tensor.offset, data.tobytes(), rounding)
+    return (new + form.u).astype(np.float32)
 
 
 def product(matrix: Matrix, t: Floats) -> NDArray[np.float64]:
