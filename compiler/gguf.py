@@ -19,6 +19,15 @@ Read = TypeVar("Read")
 KINDS = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 """ggml's types that hold one number a value, under the names of safetensors; all others are quantised."""
 
+# fmt: off
+QUANTISED = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
+    14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}
+# fmt: on
+"""Names for messages; a type that is neither here nor above is called by its number."""
+
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type of metadata → struct code
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
@@ -29,7 +38,7 @@ _MAX_DIMENSIONS, _MAX_DEPTH = 4, 8
 class GgufTensor:
     """One tensor: its shape with the slowest axis first (GGUF stores the reverse), and the place of its bytes.
 
-    `kind` is a name of `KINDS`, or `ggml type N` where it is quantised. `offset` counts from the start of the file.
+    `kind` is a name of `KINDS`, or of `QUANTISED`, or else `ggml type N`. `offset` counts from the start of the file.
     """
 
     name: str
@@ -159,7 +168,7 @@ class _Reader:
         if dimensions > _MAX_DIMENSIONS:
             raise InputError(f"a tensor of {dimensions} dimensions before byte {self.at}; the file is damaged")
         shape, kind, offset = self.numbers("Q", dimensions), self.number("I"), self.number("Q")
-        return shape[::-1], KINDS.get(kind, f"ggml type {kind}"), offset
+        return shape[::-1], (KINDS | QUANTISED).get(kind, f"ggml type {kind}"), offset
 
     def aligned(self, metadata: dict[str, Any]) -> int:
         step = metadata.get("general.alignment", 32)

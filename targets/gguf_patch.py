@@ -113,7 +113,9 @@ def plan(patch: Patch, model: GgufModel) -> GgufPatchPlan:
         elif form.adds_bias:
             added.append(AddedBias(tensor_name(form.layer, form.role, "bias"), matrices[0]))
     jobs.sort(key=lambda job: job.tensor.offset)
-    lowering = tuple(_lowered(touch, model) for touch in patch.touches)
+    lowered = (_lowered(touch, model) for touch in patch.touches)
+    written = {*model.gguf.tensors, *(bias.name for bias in added)}  # a scaling scales no bias where there is none
+    lowering = tuple(entry for entry in lowered if entry["tensor"] in written)
     return GgufPatchPlan(model, tuple(jobs), tuple(added), lowering)
 
 

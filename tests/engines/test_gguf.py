@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from austeer.compiler import Edit, Program, Shift, interpret
-from austeer.compiler.certificate import certify
 from austeer.compiler.checkpoint import Checkpoint
+from austeer.compiler.errors import CheckFailed
 from austeer.compiler.facts import read_facts
 from austeer.compiler.gguf import read_gguf
 from austeer.compiler.layout import Layout
@@ -88,13 +88,11 @@ def edits(case: Case, base: Path, *, added: bool) -> list[Edit]:
 def of_live(base: Path, program: Program | None) -> "np.ndarray[Any, Any]":
     """Log-probabilities [positions, vocabulary] of the base, or of the base steered by hooks."""
     live = load(base)
-    if program is None:
-        return logits(live, torch.tensor([IDS]))[0].double().log_softmax(-1).numpy()
-    with interpret(live, program):
-        return of_live_model(live)
+    with interpret(live, program) if program else nullcontext():
+        return said(live)
 
 
-def of_live_model(live: Any) -> "np.ndarray[Any, Any]":
+def said(live: Any) -> "np.ndarray[Any, Any]":
     return logits(live, torch.tensor([IDS]))[0].double().log_softmax(-1).numpy()
 
 
@@ -123,7 +121,7 @@ def steered_in_place(base: Path, program: Program, folder: Path, outtype: str = 
     return folder / plan.file
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "gpt2"])
 def test_converted_it_says_in_llama_cpp_what_the_interpreter_says(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base = model(case, tmp_path)
@@ -137,7 +135,7 @@ def test_converted_it_says_in_llama_cpp_what_the_interpreter_says(name: str, tmp
 @pytest.mark.parametrize("name", CASES)
 def test_patched_it_says_in_llama_cpp_what_the_interpreter_says(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    base = model(case, tmp_path)
+    base = model(replace(case, config={**case.config, "n_ctx": 64}), tmp_path)  # of gpt2, for the converter alone
     program = Program.of(edits(case, base, added=True), model=base)
     steered, plain = of_live(base, program), of_live(base, None)
     found = of_llama_cpp(steered_in_place(base, program, tmp_path / "out"))
@@ -145,3 +143,69 @@ def test_patched_it_says_in_llama_cpp_what_the_interpreter_says(name: str, tmp_p
     unpatched = of_llama_cpp(tmp_path / "base-f32.gguf")
     assert np.abs(unpatched - plain).max() < case.close
     assert np.abs(unpatched - steered).max() > 100 * case.close
+
+
+def test_both_routes_give_the_same_tensors(tmp_path: Path) -> None:
+    base = model(CASES["llama"], tmp_path)
+    program = Program.of(edits(CASES["llama"], base, added=False), model=base)
+    one = read_gguf(steered_by_converter(base, program, tmp_path / "one"))
+    other = read_gguf(steered_in_place(base, program, tmp_path / "other"))
+    before = read_gguf(tmp_path / "base-f32.gguf")
+    assert one.tensors.keys() == other.tensors.keys()
+    changed = set[str]()
+    for name in one.tensors:
+        found, values = one.values(one.tensors[name]), other.values(other.tensors[name])
+        np.testing.assert_array_equal(found, values, err_msg=name)
+        if not np.array_equal(values, before.values(before.tensors[name])):
+            changed.add(name)
+    stems = ("attn_output.weight", "attn_output.bias", "ffn_down.weight", "ffn_down.bias")
+    assert changed == {f"blk.{layer}.{stem}" for layer in range(2) for stem in stems}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_stay_sixteen_bits_and_biases_are_float32(dtype: str, tmp_path: Path) -> None:
+    case = Case(replace(CASES["llama"].tiny, dtype=dtype))
+    base = model(case, tmp_path)
+    program = Program.of(edits(case, base, added=False), model=base)
+    path = steered_by_converter(base, program, tmp_path / "out")
+    short = {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    kinds = {name: tensor.kind for name, tensor in read_gguf(path).tensors.items()}
+    assert path.name == f"tiny-steered-{short}.gguf"
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_down.bias"]) == (short, "F32")
+    assert np.abs(of_llama_cpp(path) - of_live(base, None)).max() > 1
+
+
+def test_equal_inputs_give_equal_bytes_and_verify_agrees(tmp_path: Path) -> None:
+    base = model(CASES["llama"], tmp_path)
+    program = Program.of(edits(CASES["llama"], base, added=False), model=base)
+    one = steered_by_converter(base, program, tmp_path / "one")
+    plan = planned(base, program)
+    assert gguf.problems(one.parent, plan) == {plan.file: "ok"}
+    damaged = bytearray(one.read_bytes())
+    place = read_gguf(one).tensors["blk.1.ffn_down.weight"]
+    damaged[place.offset + 3] ^= 1
+    one.write_bytes(damaged)
+    assert "blk.1.ffn_down.weight does not hold" in gguf.problems(one.parent, plan)[plan.file]
+    damaged[place.offset + 3] ^= 1
+    damaged[read_gguf(one).tensors["blk.1.ffn_up.weight"].offset] ^= 1
+    one.write_bytes(damaged)
+    assert "outside the edited tensors" in gguf.problems(one.parent, plan)[plan.file]
+
+
+def test_loaded_for_the_certificate_it_is_the_gguf_and_not_the_base(tmp_path: Path) -> None:
+    for name in ("llama", "mixtral", "gpt2"):
+        (folder := tmp_path / name).mkdir()
+        base = model(CASES[name], folder)
+        program = Program.of(edits(CASES[name], base, added=False), model=base)
+        path = steered_by_converter(base, program, folder / "out")
+        live = gguf.load(path.parent, base, dtype="float32", device="cpu")
+        assert np.abs(said(live) - of_live(base, program)).max() < 1e-4
+        assert np.abs(said(live) - of_live(base, None)).max() > 0.1
+
+
+def test_a_converter_that_drops_the_edits_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model(CASES["llama"], tmp_path)
+    program = Program.of(edits(CASES["llama"], base, added=False), model=base)
+    monkeypatch.setattr(gguf, "convert", lambda _, out, outtype: convert(base, out, outtype))
+    with pytest.raises(CheckFailed, match=r"blk.0.attn_output.weight does not hold"):
+        steered_by_converter(base, program, tmp_path / "out")
