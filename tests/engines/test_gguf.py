@@ -53,7 +53,7 @@ CASES = {
     "phi3": Case(Tiny("phi3", **SQUARE)),
     "olmo2": Case(Tiny("olmo2", **SQUARE)),
     "gpt2": Case(Tiny("gpt2", neurons=96), GELU),
-    "gpt_neox": Case(Tiny("gpt_neox"), GELU),
+    "gpt_neox": Case(Tiny("gpt_neox", head_dim=8), GELU),  # a quarter of a head is rotated: two numbers
 }
 IDS = tokens(1, 7)[0].tolist()
 
