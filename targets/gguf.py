@@ -7,15 +7,17 @@ import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from austeer.compiler.checkpoint import CONFIG, Checkpoint, read_json
+from austeer.compiler.checkpoint import CONFIG, COPIED, Checkpoint, read_json
 from austeer.compiler.errors import CheckFailed, Refused
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.gguf import read_gguf
 from austeer.compiler.layout import Layout
+from austeer.compiler.staging import copy_file
 from austeer.targets import checkpoint
 from austeer.targets.checkpoint import Writing
 from austeer.targets.gguf_check import Place, differences, places
@@ -53,9 +55,16 @@ class GgufPlan:
         return tuple(_renamed(entry, found[entry["tensor"]]) for entry in self.checkpoint.lowering)
 
     @property
+    def licences(self) -> tuple[str, ...]:
+        """The files of the base that lie beside the GGUF too."""
+        base = self.checkpoint.checkpoint
+        other = (name for name in self.checkpoint.kept if name not in base.shards and name != base.index)
+        return tuple(name for name in other if not any(fnmatchcase(name, pattern) for pattern in COPIED))
+
+    @property
     def left_out(self) -> tuple[str, ...]:
-        """The files of the base that do not go along: all, for tokenizer and configuration become metadata."""
-        return tuple(sorted((*self.checkpoint.kept, *self.checkpoint.left_out)))
+        """The files of the base that do not go along: tokenizer and configuration become metadata of the GGUF."""
+        return tuple(sorted({*self.checkpoint.kept, *self.checkpoint.left_out} - {*self.licences}))
 
     @property
     def output_bytes(self) -> int:
@@ -83,6 +92,8 @@ def write(plan: GgufPlan, folder: Path, writing: Writing) -> None:
     Raises OutputError if the converter fails, CheckFailed if the GGUF does not hold what the program says.
     """
     with _compiled(plan, folder, writing) as compiled:
+        for name in plan.licences:
+            copy_file(compiled.path / name, folder / name)
         convert(compiled.path, folder / plan.file, plan.outtype)
         wrong = list(_differences(plan, folder / plan.file, compiled))
     if wrong:

@@ -45,7 +45,7 @@ def convert(folder: Path, out: Path, outtype: str = "f32") -> None:
     """
     command = [sys.executable, str(find_converter()), str(folder), "--outtype", outtype, "--outfile", str(out)]
     try:
-        # Bytes of its own only: no shell, and every argument is a path or one of three words.
+        # No shell, and every argument is a path or one of three words.
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
     except BaseException:
         out.unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def steered_by_converter(base: Path, program: Program, folder: Path) -> Path:
     folder.mkdir()
     plan = planned(base, program)
     gguf.write(plan, folder, Writing())
-    assert [path.name for path in folder.iterdir()] == [plan.file]
+    assert {path.name for path in folder.iterdir()} == {plan.file, *plan.licences}
     return folder / plan.file
 
 
@@ -172,28 +172,35 @@ def test_sixteen_bits_stay_sixteen_bits_and_biases_are_float32(dtype: str, tmp_p
     kinds = {name: tensor.kind for name, tensor in read_gguf(path).tensors.items()}
     assert path.name == f"tiny-steered-{short}.gguf"
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_down.bias"]) == (short, "F32")
-    assert np.abs(of_llama_cpp(path) - of_live(base, None)).max() > 1
+    found = of_llama_cpp(path)
+    error, effect = (np.abs(found - of_live(base, which)).max() for which in (program, None))
+    assert error < 0.1 * effect
 
 
-def test_equal_inputs_give_equal_bytes_and_verify_agrees(tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_bytes_and_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = model(CASES["llama"], tmp_path)
+    (base / "LICENSE").write_text("as you like")
     program = Program.of(edits(CASES["llama"], base, added=False), model=base)
     one = steered_by_converter(base, program, tmp_path / "one")
-    plan = planned(base, program)
+    assert (one.parent / "LICENSE").read_text() == "as you like"
+    plan, good = planned(base, program), one.read_bytes()
+    assert "LICENSE" not in plan.left_out
+    assert {"config.json", "model.safetensors"} <= {*plan.left_out}
     assert gguf.problems(one.parent, plan) == {plan.file: "ok"}
-    damaged = bytearray(one.read_bytes())
-    place = read_gguf(one).tensors["blk.1.ffn_down.weight"]
-    damaged[place.offset + 3] ^= 1
-    one.write_bytes(damaged)
-    assert "blk.1.ffn_down.weight does not hold" in gguf.problems(one.parent, plan)[plan.file]
-    damaged[place.offset + 3] ^= 1
-    damaged[read_gguf(one).tensors["blk.1.ffn_up.weight"].offset] ^= 1
-    one.write_bytes(damaged)
-    assert "outside the edited tensors" in gguf.problems(one.parent, plan)[plan.file]
+    monkeypatch.setattr(gguf, "convert", lambda _, out, __: out.write_bytes(good))  # to be quick: it was just shown
+    for name, verdict in {
+        "blk.1.ffn_down.weight": "blk.1.ffn_down.weight does not hold the values",
+        "blk.1.ffn_up.weight": "outside the edited tensors",
+    }.items():
+        damaged = bytearray(good)
+        damaged[read_gguf(one).tensors[name].offset] ^= 1
+        one.write_bytes(damaged)
+        assert verdict in gguf.problems(one.parent, plan)[plan.file]
+        one.write_bytes(good)
 
 
 def test_loaded_for_the_certificate_it_is_the_gguf_and_not_the_base(tmp_path: Path) -> None:
-    for name in ("llama", "mixtral", "gpt2"):
+    for name in ("mixtral", "gpt2"):
         (folder := tmp_path / name).mkdir()
         base = model(CASES[name], folder)
         program = Program.of(edits(CASES[name], base, added=False), model=base)
