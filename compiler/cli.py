@@ -43,7 +43,7 @@ OUT = click.option(
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
 TARGET = click.option(
-    "--target", default="transformers", show_default=True, help="The engine to compile for; `targets` lists them."
+    "--target", help="The engine to compile for, as `targets` lists them; default: transformers, for gguf llama.cpp."
 )
 FORM = click.option(
     "--form",

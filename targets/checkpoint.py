@@ -31,6 +31,7 @@ class Plan:
 
     checkpoint: Checkpoint
     form: ModelForm
+    config: dict[str, Any]
     shards: tuple[Shard, ...]
     texts: dict[str, bytes]
     lowering: tuple[dict[str, Any], ...]
@@ -112,6 +113,7 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     return Plan(
         layout.checkpoint,
         form,
+        output.config,
         shards,
         texts,
         tuple(_lowering(patch, output, constants)),

@@ -12,7 +12,6 @@ from austeer.compiler.program import Program
 from austeer.compiler.tokens import encode_texts
 from austeer.compiler.verbs.common import (
     FORM,
-    TARGET,
     Compiled,
     Settings,
     certificate_dtype,
@@ -68,7 +67,7 @@ def build(
     programs: Sequence[str | Path],
     out: str | Path | None,
     *,
-    target: str = TARGET,
+    target: str | None = None,
     form: str = FORM,
     revision: str | None = None,
     texts: str | Path | None = None,

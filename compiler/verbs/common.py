@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from austeer.compiler.card import read_card, render_card
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
-from austeer.compiler.errors import CheckFailed
+from austeer.compiler.errors import CheckFailed, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import best_device, fits_in_float32
@@ -17,7 +17,7 @@ from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, 
 from austeer.compiler.program import Program
 from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
-from austeer.compiler.target import target_named
+from austeer.compiler.target import Target, target_named
 from austeer.compiler.tokens import Chat, Tokens
 from austeer.compiler.verbs.forms import form_named
 from austeer.targets.checkpoint import Writing
@@ -27,7 +27,7 @@ from austeer.targets.tables import TARGETS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TARGET, FORM = "transformers", "checkpoint"
+TARGET, FORM, GGUF_TARGET = "transformers", "checkpoint", "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ def open_base(model: str, revision: str | None = None) -> Base:
     return Base(fetched, checkpoint, facts, Layout.of(checkpoint, facts))
 
 
+def target_for(name: str | None, form: str) -> Target:
+    """The target that is named, or that of the form: llama.cpp alone reads GGUF. UsageError for one that is none."""
+    target = target_named(name or (GGUF_TARGET if form == "gguf" else TARGET), TARGETS)
+    if form == "gguf" and target.name not in (GGUF_TARGET, "portable"):
+        raise UsageError(f"{target.title} reads no GGUF; leave --target out, or choose another --form")
+    return target
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A program compiled into a base for a target, in a form: all that is decided before anything is written."""
@@ -88,10 +96,10 @@ class Compiled:
     plan: Any  # as its form makes it, a Planned
 
     @staticmethod
-    def of(program: Program, base: Base, target: str = TARGET, form: str = FORM) -> "Compiled":
+    def of(program: Program, base: Base, target: str | None = None, form: str = FORM) -> "Compiled":
         """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
-        chosen, engine = form_named(form), target_named(target, TARGETS)
-        return Compiled(program, base, target, form, chosen.plan(program, base.layout, engine, base.fetched.id))
+        chosen, engine = form_named(form), target_for(target, form)
+        return Compiled(program, base, engine.name, form, chosen.plan(program, base.layout, engine, base.fetched.id))
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Writes the form's files into an empty folder."""

@@ -16,8 +16,10 @@ from austeer.compiler.progress import track
 from austeer.compiler.target import Target
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
-from austeer.targets import checkpoint, lora
+from austeer.targets import checkpoint, gguf, gguf_patch, lora
 from austeer.targets.checkpoint import Plan, Writing
+from austeer.targets.gguf import GgufPlan
+from austeer.targets.gguf_patch import GgufPatchPlan
 from austeer.targets.lora import LoraPlan
 from austeer.targets.shards import Copy, Shard, Zeros
 
@@ -59,7 +61,7 @@ class Form:
     says of each file whether it is what would be written now: "ok", or what is wrong.
     """
 
-    plan: Callable[[Program, Layout, Target, str], Any]
+    plan: Callable[[Program, Any, Target, str], Any]
     write: Callable[[Any, Path, Writing], None]
     load: Callable[[Any, Path, Path, str, str], "PreTrainedModel"]
     compare: Callable[[Any, Path], dict[str, str]]
@@ -137,7 +139,31 @@ def _compare_by_writing(write: Callable[[Any, Path, Writing], None]) -> Callable
     return compare
 
 
+def _plan_gguf(program: Program, source: Layout | Path, target: Target, name: str) -> GgufPlan | GgufPatchPlan:
+    if isinstance(source, Path):
+        return gguf_patch.plan_gguf(source, program)
+    return gguf.plan(_plan_checkpoint(program, source, target, name), source)
+
+
+def _write_gguf(plan: GgufPlan | GgufPatchPlan, folder: Path, writing: Writing) -> None:
+    if isinstance(plan, GgufPatchPlan):
+        gguf_patch.write(plan, folder, writing)
+    else:
+        gguf.write(plan, folder, writing)
+
+
+def _load_gguf(plan: GgufPlan | GgufPatchPlan, _: Path, __: Path, dtype: str, device: str) -> "PreTrainedModel":
+    if isinstance(plan, GgufPatchPlan):
+        raise UsageError("a patched GGUF is measured in llama.cpp alone; use verify --engine llama.cpp")
+    return gguf.load(plan, dtype=dtype, device=device)
+
+
+def _compare_gguf(plan: GgufPlan | GgufPatchPlan, out: Path) -> dict[str, str]:
+    return gguf_patch.problems(out, plan) if isinstance(plan, GgufPatchPlan) else gguf.problems(out, plan)
+
+
 FORMS: Mapping[str, Form] = {
     "checkpoint": Form(_plan_checkpoint, checkpoint.write, _load_checkpoint, _compare_checkpoint),
+    "gguf": Form(_plan_gguf, _write_gguf, _load_gguf, _compare_gguf),
     "lora": Form(_plan_lora, lora.write, _load_lora, _compare_by_writing(lora.write)),
 }

@@ -12,20 +12,19 @@ from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName, site_named
 from austeer.compiler.staging import require_place
-from austeer.compiler.target import target_named
+from austeer.compiler.target import Target
 from austeer.compiler.verbs.common import (
     FORM,
-    TARGET,
     Base,
     Compiled,
     Settings,
     certificate_dtype,
     open_base,
+    target_for,
     write_compiled,
 )
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.passes.legalize import refusal
-from austeer.targets.tables import TARGETS
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def steer(
     max_drift: float = 0.1,
     neutral: str | Path | None = None,
     program_only: bool = False,
-    target: str = TARGET,
+    target: str | None = None,
     form: str = FORM,
     revision: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
@@ -83,7 +82,7 @@ def steer(
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal.site, base, target)
+        _require_foldable(goal.site, base, target_for(target, form))
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
@@ -99,10 +98,10 @@ def steer(
     return _report(out, goal, finding, certificate, (*kept, *compiled.plan.notes))
 
 
-def _require_foldable(site: SiteName, base: Base, target: str) -> None:
+def _require_foldable(site: SiteName, base: Base, target: Target) -> None:
     """Refused, before any model is run, where no layer can carry a scale at the site."""
     probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
-    reasons = [refusal(probe, base.facts, target_named(target, TARGETS)) for probe in probes]
+    reasons = [refusal(probe, base.facts, target) for probe in probes]
     if all(reasons):
         raise Refused(
             f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only"
