@@ -52,9 +52,14 @@ def port(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: SiteName
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", may_miss: Collection[str] = ()
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    may_miss: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The model in `folder`, for inference only; no remote code, no network.
+    """The model in `folder`, for inference only; no network, and no code from the folder unless it is trusted.
 
     `dtype`: "auto" (as stored) or a torch name such as "float32". `device`: "auto" (the accelerator if there
     is one, else the CPU), a torch device, or "spread" (over all accelerators, by accelerate's device_map).
@@ -72,7 +77,12 @@ def load_model(
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True, **placement
+            folder,
+            dtype=torch_dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **placement,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error

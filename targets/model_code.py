@@ -1,0 +1,160 @@
+"""The form `model-code`: the base's own weights, and code that applies the edits in transformers and in vLLM.
+
+Exact for every edit at every site, because nothing is folded. It needs trust_remote_code, so it is never the default.
+The shards of the base are copied as they are; the vectors of the edits lie in a shard of their own.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from austeer.compiler.checkpoint import CONFIG, INDEX, WEIGHTS, files_to_copy, read_json
+from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
+from austeer.compiler.errors import CheckpointError, Refused
+from austeer.compiler.facts import ModelFacts
+from austeer.compiler.layout import Layout
+from austeer.compiler.patch import role_of
+from austeer.compiler.program import Program
+from austeer.compiler.staging import copy_file, write_file
+from austeer.targets.checkpoint import Writing
+from austeer.targets.modeling import CODE, code, config_keys, require_own_code
+from austeer.targets.tokenizer_class import TOKENIZER_CONFIG, with_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VECTORS = "model-austeer.safetensors"
+# With a model.safetensors beside it transformers would not read the index, and so not the vectors.
+RENAMED = {WEIGHTS: "model-base.safetensors"}
+
+
+@dataclass(frozen=True)
+class CodePlan:
+    """What will be written, known from headers alone: the edits as config.json lists them, and the new tensors."""
+
+    layout: Layout
+    edits: tuple[dict[str, Any], ...]
+    vectors: dict[str, Floats]
+    lowering: tuple[dict[str, Any], ...]
+    kept: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def base(self) -> Path:
+        """The folder of the base."""
+        return self.layout.checkpoint.path
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """The size of the files that are copied, and of the vectors."""
+        return sum((self.base / name).stat().st_size for name in self.kept) + self.vector_bytes
+
+    @property
+    def vector_bytes(self) -> int:
+        """The size of the vectors."""
+        return sum(vector.nbytes for vector in self.vectors.values())
+
+
+def plan(program: Program, layout: Layout) -> CodePlan:
+    """Places every edit at a module of the model, and its vectors under that module's name.
+
+    Raises ProgramError if the program is for another model, Refused if it has no edits or a layer has no such site.
+    """
+    program.require_fit(layout.facts.geometry)
+    if not program.edits:
+        raise Refused(f"{layout.checkpoint.path}: a program without edits needs no code; use the model as it is")
+    edits, vectors, lowering = list[dict[str, Any]](), dict[str, Floats](), list[dict[str, Any]]()
+    for number, edit in enumerate(program.edits):
+        module, place = _place(edit, layout.facts)
+        edits.append({"kind": edit.kind, "layer": edit.layer, "site": edit.site, "module": module, "place": place})
+        for field, vector in _vectors(edit, layout.facts):
+            name = f"{layout.prefix}{module}.austeer.{place}.{number}.{field}"
+            vectors[name] = vector
+            lowering.append({"edit": number, "tensor": name, "slice": [None], "exact": True})
+    for name in vectors.keys() & layout.checkpoint.tensors.keys():
+        raise CheckpointError(f"{layout.checkpoint.path}: there is a tensor {name} already; start from the base model")
+    kept, left_out = files_to_copy(layout.checkpoint)
+    return CodePlan(layout, tuple(edits), vectors, tuple(lowering), tuple(kept), tuple(left_out))
+
+
+def write(plan: CodePlan, folder: Path, writing: Writing) -> None:
+    """Writes the files of the base, its shards unchanged, and those that carry the edits, into `folder`."""
+    from safetensors.numpy import save
+
+    changed = _changed(plan)
+    for name in plan.kept:
+        if name not in changed:
+            target = folder / RENAMED.get(name, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(plan.base / name, target)
+            writing.advance(target.stat().st_size)
+    for name, fields in changed.items():
+        write_file(folder / name, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(folder / CODE, code(plan.layout.facts.architecture))
+    write_file(folder / VECTORS, save(plan.vectors, metadata={"format": "pt"}))
+    writing.advance(plan.vector_bytes)
+
+
+def load(folder: Path, base: Path, *, dtype: str, device: str) -> "PreTrainedModel":  # noqa: ARG001 (as every form's)
+    """The written model, for inference. Its code runs only if it is exactly what `write` writes.
+
+    Raises CheckpointError for any other code, and as `load_model` does.
+    """
+    from austeer.compiler.live import load_model
+
+    require_own_code(folder)
+    return load_model(folder, dtype=dtype, device=device, trust_remote_code=True)
+
+
+def _place(edit: Edit, facts: ModelFacts) -> tuple[str, str]:
+    """The module, seen from the decoder, and the place there: "input", "output", or "rank1", from one to the other."""
+    entry, role = facts.architecture, role_of(edit)
+    block = entry.block.format(layer=edit.layer)
+    if edit.site == "residual":
+        return block.rstrip("."), "output"
+    place = "rank1" if isinstance(edit, Rank1) else "input" if edit.site in ("heads", "neurons") else "output"
+    if role == "attn_out" or entry.experts is None or not facts.has_experts(edit.layer):
+        return block + facts.projection(role).name, place
+    if edit.site == "neurons":
+        raise Refused(f"{edit.where}: the layer is a mixture of experts, so a neuron has no one place; use site ffn")
+    return block + entry.experts.module, place
+
+
+def _vectors(edit: Edit, facts: ModelFacts) -> Iterator[tuple[str, Floats]]:
+    """The float32 vectors of an edit, as wide as their spaces; what the interpreter computes from constants is done."""
+    if isinstance(edit, Scale):
+        factor = np.ones(facts.geometry.width(edit.space), np.float32)
+        factor[list(edit.units)] += edit.gamma
+        yield "factor", factor
+    elif isinstance(edit, Shift):
+        yield "vector", edit.vector
+    elif isinstance(edit, Rank1):
+        yield "k", edit.k
+        yield "v", np.float32(edit.strength) * edit.v
+    else:
+        raise Refused(f"{edit.where}: the form model-code has no code for this kind of edit")
+
+
+def _changed(plan: CodePlan) -> dict[str, dict[str, Any]]:
+    """The JSON files that differ from the base's. No key is lost."""
+    config, entry = plan.layout.checkpoint.config, plan.layout.facts.architecture
+    changed = {CONFIG: {**config, **config_keys(entry), "austeer": list(plan.edits)}, INDEX: _index(plan)}
+    if TOKENIZER_CONFIG in plan.kept:
+        changed[TOKENIZER_CONFIG] = with_class(read_json(plan.base / TOKENIZER_CONFIG), entry.model_type)
+    return changed
+
+
+def _index(plan: CodePlan) -> dict[str, Any]:
+    """The base's index, or one of its single file, with the vectors added."""
+    checkpoint = plan.layout.checkpoint
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    single = {"metadata": {}, "weight_map": dict.fromkeys(checkpoint.tensors, WEIGHTS)}
+    index = read_json(checkpoint.path / checkpoint.index) if checkpoint.index else single
+    places = {name: RENAMED.get(shard, shard) for name, shard in index["weight_map"].items()}
+    metadata = {**(index.get("metadata") or {}), "total_size": size + plan.vector_bytes}
+    return {**index, "metadata": metadata, "weight_map": {**places, **dict.fromkeys(plan.vectors, VECTORS)}}
