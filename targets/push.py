@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from austeer.compiler.errors import Refused, UsageError
 from austeer.compiler.manifest import MANIFEST
-from austeer.compiler.progress import bar
+from austeer.compiler.progress import bar, hub_bars
 from austeer.targets.contents import Contents, is_written
 from austeer.targets.trouble import explained, in_a_line, is_about_copies, is_unclear, trouble
 
@@ -122,7 +122,7 @@ def push(plan: Plan, *, public: bool = False) -> tuple[str, tuple[str, ...]]:
     """
     if not plan.changes and plan.remote.head:
         return plan.remote.head, ()
-    with explained(plan.remote.id):
+    with explained(plan.remote.id), hub_bars():
         head = plan.remote.head or _create(plan.remote.id, public=public)
         try:
             return _commit(plan, plan.changes, head), ()

@@ -1,11 +1,13 @@
 """What goes wrong between this machine and the Hub while a model is pushed, in words."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from austeer.compiler.errors import OutputError
 
 _AGAIN = "Run this again: what has arrived is not sent again"
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # hf_xet has the status in its text only
 _MAYBE = "the repository is unchanged or complete, never in between"
 
 
@@ -33,7 +35,7 @@ def is_about_copies(error: Exception) -> bool:
     from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return error.request.url.path.endswith("/lfs-files/duplicate")
+        return error.response.request.url.path.endswith("/lfs-files/duplicate")
     return isinstance(error, FileDuplicationError)
 
 
@@ -85,7 +87,10 @@ def _cause(error: Exception) -> Exception:
 def _status(error: Exception) -> int | None:
     from huggingface_hub.errors import HfHubHTTPError
 
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    named = _XET_STATUS.search(str(error))
+    return int(named[1]) if named else None
 
 
 def _said(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a Hub for tests holds: repositories, large files, a record of what it received, and the faults it is to make."""
 
 import hashlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,6 @@ class Fault:
     late: bool  # the request is carried out, and only its answer fails
 
     def strike(self) -> None:
-        self.times -= 1
         if self.status is None:
             raise ConnectionError
         raise Refusal(self.status, message="as the test wants it")
@@ -83,6 +83,8 @@ class Hub:
     faults: dict[str, Fault] = field(default_factory=dict)
     received: list[tuple[str, int]] = field(default_factory=list)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    lose: str | None = None  # the SHA-256 of a large file that never arrives
+    lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
     def publish(self, name: str, files: Mapping[str, bytes], *, private: bool = False) -> str:
@@ -99,11 +101,11 @@ class Hub:
         repository.objects.add(sha256)
         return Blob(len(data), sha256=sha256)
 
-    def content(self, name: str) -> dict[str, bytes | None]:
-        """The files at the head of a repository; None for what only the Xet store has."""
+    def content(self, name: str) -> dict[str, bytes]:
+        """The files at the head of a repository."""
         files = self.repositories[name].files
         return {
-            path: blob.data if blob.data is not None else self.objects.get(blob.sha256 or "")
+            path: blob.data if blob.data is not None else self.objects[blob.sha256 or ""]
             for path, blob in files.items()
             if path != ".gitattributes"
         }
@@ -115,8 +117,13 @@ class Hub:
         self.faults[route] = Fault(status, cut, times, late)
 
     def fault(self, route: str) -> Fault | None:
-        fault = self.faults.get(route)
-        return fault if fault and fault.times else None
+        """The fault that a request of this route has to suffer."""
+        with self.lock:
+            fault = self.faults.get(route)
+            if fault is None or fault.times == 0:
+                return None
+            fault.times -= 1
+            return fault
 
     def bytes_received(self, *routes: str) -> int:
         return sum(size for route, size in self.received if route in routes)

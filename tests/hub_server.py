@@ -67,6 +67,7 @@ class Handler(BaseHTTPRequestHandler):
     """Finds the route of a request, lets it fail where a fault says so, and calls the method of its name."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it would hold every body back until its headers are acknowledged
     hub: Hub
 
     def log_message(self, *_: object) -> None:
@@ -212,6 +213,8 @@ class Handler(BaseHTTPRequestHandler):
         return Reply({})
 
     def keep(self, name: str, oid: str, data: bytes) -> None:
+        if oid == self.hub.lose:
+            raise ConnectionError
         if hashlib.sha256(data).hexdigest() != oid:
             raise Refusal(400, message="the content does not have the SHA-256 it was announced with")
         self.hub.objects[oid] = data
