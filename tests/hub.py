@@ -79,6 +79,7 @@ class Hub:
     xet: Path | None = None
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     xet_hashes: dict[str, str] = field(default_factory=dict)  # of what went to the Xet store, by SHA-256
     faults: dict[str, Fault] = field(default_factory=dict)
     received: list[tuple[str, int]] = field(default_factory=list)
@@ -97,7 +98,7 @@ class Hub:
         if not is_large(path, len(data)):
             return Blob(len(data), data)
         sha256 = hashlib.sha256(data).hexdigest()
-        self.objects[sha256] = data
+        self.objects[sha256], self.sizes[sha256] = data, len(data)
         repository.objects.add(sha256)
         return Blob(len(data), sha256=sha256)
 
