@@ -76,7 +76,9 @@ def _explain(error: Exception, repo: str) -> str:
         case _ if status >= 500:
             return f"{where}the Hub is in trouble ({status}{_said(cause)}); {_MAYBE}. {_AGAIN}"
         case _:
-            return f"{where}the Hub answered {status}{_said(cause)}. Nothing was committed"
+            return (
+                f"{where}the Hub answered {status}{_said(cause)}. Nothing was committed; mend that and run this again"
+            )
 
 
 def _cause(error: Exception) -> Exception:

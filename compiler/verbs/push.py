@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from austeer.targets.contents import Contents
-from austeer.targets.push import Plan, plan
 from austeer.targets.push import push as carry_out
+from austeer.targets.push_plan import Plan, plan
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,6 @@ class PushReport:
     visibility: str
     plan: Plan
     commit: str | None
-    notes: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -33,7 +32,7 @@ class PushReport:
             "bytes_to_copy": self.plan.bytes_to("copy"),
             "left_out": list(self.plan.contents.left_out),
             "kept": list(self.plan.kept),
-            "notes": list(self.notes),
+            "notes": list(self.plan.notes),
         }
 
 
@@ -47,13 +46,8 @@ def push(out: str | Path, repo_id: str, *, public: bool = False, dry_run: bool =
     """
     from huggingface_hub import constants
 
-    planned = plan(Contents.of(Path(out)), repo_id, public=public)
-    commit, notes = (None, ()) if dry_run else carry_out(planned, public=public)
+    planned, commit = plan(Contents.of(Path(out)), repo_id, public=public), None
     private = planned.remote.private if planned.remote.head else not public
-    return PushReport(
-        f"{constants.ENDPOINT}/{repo_id}",
-        "private" if private else "public",
-        planned,
-        commit,
-        (*planned.notes, *notes),
-    )
+    if not dry_run:
+        commit, planned = carry_out(planned, public=public)
+    return PushReport(f"{constants.ENDPOINT}/{repo_id}", "private" if private else "public", planned, commit)

@@ -116,7 +116,7 @@ def _(report: PushReport) -> None:
     _console().print(
         f"{plan.bytes_to('upload'):,} bytes to upload at most, {plan.bytes_to('copy'):,} copied on the Hub"
     )
-    _end(f"{report.url}/commit/{report.commit}" if report.commit else None, None, report.notes)
+    _end(f"{report.url}/commit/{report.commit}" if report.commit else None, None, plan.notes)
 
 
 def _program(program: Program) -> None:

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +22,8 @@ from austeer.compiler.cli import main
 from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.push import PushReport, push
 from austeer.targets.contents import Contents
-from austeer.targets.push import plan
 from austeer.targets.push import push as carry_out
+from austeer.targets.push_plan import plan
 from tests.hub import Hub
 from tests.hub_server import READER, SIGNED, WRITER, WRITING, serving
 from tests.tiny import Tiny, load, on_disk, sharded, tokens
@@ -120,14 +123,18 @@ def test_only_the_changed_shard_is_sent_and_the_rest_copied_on_the_hub(hub: Hub,
     assert report.plan.bytes_to("copy") == sum((out / name).stat().st_size for name in shards - {changed})
 
 
-@pytest.mark.parametrize("route", ["duplicate", "tree of the base"])
-def test_what_the_hub_does_not_copy_is_uploaded_with_a_note(hub: Hub, out: Path, route: str):
-    if route == "duplicate":
+@pytest.mark.parametrize("trouble", ["denied", "failed", "base gone"])
+def test_what_the_hub_does_not_copy_is_uploaded_with_a_note(hub: Hub, out: Path, trouble: str):
+    if trouble == "denied":
         hub.fail("duplicate", 403)
+    elif trouble == "failed":
+        hub.repositories[BASE].objects.clear()
     else:
         del hub.repositories[BASE]
     report = push(out, REPO)
-    assert any("copied" in note or "copy" in note for note in report.notes)
+    (note,) = report.plan.notes
+    assert ("org/base cannot be read" if trouble == "base gone" else "did not copy from org/base") in note
+    assert actions(report) == {"upload": set(files(out))}
     assert hub.content(REPO) == files(out)
     assert hub.requests("commit") == 1
 
@@ -153,6 +160,21 @@ def test_an_update_sends_what_changed_and_deletes_what_is_gone(hub: Hub, out: Pa
     assert len(gone) == 4  # three shards and their index
     assert actions(report)["delete"] == gone
     assert len(repository.commits) == 4
+
+
+def test_a_file_of_equal_size_is_not_taken_for_equal(hub: Hub, base: Path, out: Path, tmp_path: Path):
+    push(out, REPO)
+    other = compiled(str(base), base, tmp_path, gamma=0.75)
+    changed = changed_shard(base, out)
+    assert (other / changed).stat().st_size == (out / changed).stat().st_size
+    push(other, REPO)
+    assert hub.content(REPO) == files(other)
+
+
+def test_copies_come_from_the_revision_that_was_compiled(hub: Hub, base: Path, out: Path):
+    hub.publish(BASE, {name: data[::-1] for name, data in files(base).items()})
+    assert len(actions(push(out, REPO))["copy"]) == 2
+    assert hub.content(REPO) == files(out)
 
 
 def test_a_dry_run_changes_nothing(hub: Hub, out: Path):
@@ -367,18 +389,18 @@ def test_a_private_repository_stays_private(hub: Hub, out: Path):
     report = push(out, REPO, public=True)
     assert hub.repositories[REPO].private
     assert report.visibility == "private"
-    assert any("is private and stays so" in note for note in report.notes)
+    assert any("is private and stays so" in note for note in report.plan.notes)
 
 
 def test_a_local_base_is_pushed_with_a_warning(hub: Hub, base: Path, out: Path, tmp_path: Path):
-    assert push(out, REPO).notes == ()
+    assert push(out, REPO).plan.notes == ()
     local = compiled(str(base), base, tmp_path)
     report = push(local, "me/other")
-    assert any("was the local folder 'base'" in note and "base_model" in note for note in report.notes)
+    assert any("was the local folder 'base'" in note and "base_model" in note for note in report.plan.notes)
     assert hub.requests("duplicate") == 1  # by the first push only
     card = local / "README.md"
     card.write_text(card.read_text().replace("base_model: base", f"base_model: {BASE}"))
-    assert push(local, "me/other").notes == ()
+    assert push(local, "me/other").plan.notes == ()
 
 
 # ---- the command
@@ -476,3 +498,21 @@ def test_a_xet_store_out_of_reach(xet: Hub, out: Path, tmp_path: Path):
     xet.xet = tmp_path / "store"
     push(out, REPO)
     assert push(out, REPO).plan.changes == ()
+
+
+# ---- the whole command in a process of its own
+
+
+def test_the_command_alone_needs_no_torch(hub: Hub, out: Path, tmp_path: Path):
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    code += "; from austeer.compiler.cli import main; main()"
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "push", str(out), REPO, "--json"],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["commit"] == hub.repositories[REPO].head
+    assert hub.content(REPO) == files(out)
+    assert not {"torch", "transformers"} & set(done.stderr.split())
+    assert "huggingface_hub" in done.stderr.split()
+    assert "%|" not in done.stderr  # no bar where nobody watches
