@@ -7,7 +7,7 @@ from austeer.compiler.manifest import MANIFEST
 from austeer.compiler.progress import hub_bars
 from austeer.targets.contents import Contents
 from austeer.targets.push_plan import Plan, Step, compare, read
-from austeer.targets.trouble import explained, in_a_line, is_about_copies, is_unclear, trouble
+from austeer.targets.trouble import explained, in_a_line, is_about_copies, trouble
 
 
 def push(plan: Plan, *, public: bool = False) -> tuple[str, Plan]:
@@ -55,8 +55,8 @@ def _commit(plan: Plan, head: str) -> str:
             commit_description=f"Compiled by austeer-compile; {MANIFEST} says what was edited.",
             parent_commit=head,
         )
-    except trouble() as error:
-        arrived = _arrived(plan) if is_unclear(error) else None
+    except trouble():
+        arrived = _arrived(plan)
         if arrived is None:
             raise
         return arrived

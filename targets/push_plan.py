@@ -172,9 +172,10 @@ def _require_name(repo: str) -> None:
 
     try:
         validate_repo_id(repo)
+        named = "/" in repo
     except HFValidationError:
-        repo = ""
-    if "/" not in repo:
+        named = False
+    if not named:
         raise UsageError(f"{repo!r} cannot name a repository; write it as user/name or organisation/name")
 
 

@@ -39,12 +39,6 @@ def is_about_copies(error: Exception) -> bool:
     return isinstance(error, FileDuplicationError)
 
 
-def is_unclear(error: Exception) -> bool:
-    """Whether a request may have been carried out although it failed: no answer came, or one of distress."""
-    status = _status(_cause(error))
-    return status is None or status >= 500
-
-
 def _explain(error: Exception, repo: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -68,7 +68,8 @@ class Fault:
     def strike(self) -> None:
         if self.status is None:
             raise ConnectionError
-        raise Refusal(self.status, message="as the test wants it")
+        # So huggingface_hub reads every 401 of the real Hub, whose URLs it knows.
+        raise Refusal(self.status, "RepoNotFound" if self.status == 401 else "", "as the test wants it")
 
 
 @dataclass
