@@ -203,6 +203,20 @@ def targets(name: str | None) -> Any:
 
 
 @main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--public", is_flag=True, help="A new repository is public, and a public one may be pushed to.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen to each file and change nothing.")
+@JSON
+@reporting
+def push(**arguments: Any) -> Any:
+    """Send a compiled checkpoint to the Hub, in one commit; a new repository is private."""
+    from austeer.compiler.verbs.push import push as verb
+
+    return verb(**arguments)
+
+
+@main.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the compiled checkpoint here.")
 @JSON
 @reporting

@@ -18,6 +18,7 @@ from austeer.compiler.text import render
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.inspect import Inspection
+from austeer.compiler.verbs.push import PushReport
 from austeer.compiler.verbs.steer import Steering
 from austeer.compiler.verbs.targets import Support
 from austeer.compiler.verbs.verify import Verification
@@ -107,6 +108,20 @@ def _(report: Demo) -> None:
     show(report.verification)
     if report.steering.out is None:
         _console().print("The checkpoint was temporary; demo -o OUT keeps it.")
+
+
+@show.register
+def _(report: PushReport) -> None:
+    plan = report.plan
+    rows = [(step.action, step.path, f"{step.size:,}") for step in plan.steps]
+    _table(f"To {report.url} ({report.visibility})", ("", "file", "bytes"), rows, all_rows=True)
+    for what, names in (("Left out", plan.contents.left_out), ("Kept in the repository", plan.kept)):
+        if names:
+            _console().print(f"{what} (no compile writes them): {', '.join(names)}", markup=False)
+    _console().print(
+        f"{plan.bytes_to('upload'):,} bytes to upload at most, {plan.bytes_to('copy'):,} copied on the Hub"
+    )
+    _end(f"{report.url}/commit/{report.commit}" if report.commit else None, None, plan.notes)
 
 
 def _program(program: Program) -> None:
