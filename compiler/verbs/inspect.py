@@ -23,6 +23,7 @@ class Inspection:
             "sha256": self.program.sha256,
             "model": self.program.model.plain(),
             "edits": [edit.plain() for edit in self.program.edits],
+            "provenance": self.program.provenance,
         }
         kept = ("target", "form", "lowering", "base", "certificate", "steer", "rounding", "versions")
         manifest = self.manifest or {}
