@@ -1,4 +1,4 @@
-"""AUSteer's screening (`all_scores.pt`): the signed score β of every unit, without the strength and the number of units.
+"""AUSteer's screening (`all_scores.pt`): the signed score β of every unit, without a strength.
 
 Beside it lie `all_layer_ids.pt` and `all_indices.pt`, lists of the same length: each score's layer and window
 [begin, end) of units. The order is layer-major, with windows of one unit in the published setting.

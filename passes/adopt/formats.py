@@ -74,7 +74,7 @@ def _folder(folder: Path) -> tuple[Format, Path]:
         return SCORES_OF_AUSTEER, folder / SCORES
     if not (folder / adapter.CONFIG).is_file():
         raise InputError(f"a folder with neither {adapter.CONFIG} nor {SCORES}; give the file itself")
-    kind = read_json(folder / adapter.CONFIG).get("peft_type")
+    kind = str(read_json(folder / adapter.CONFIG).get("peft_type"))
     if kind not in ADAPTERS:
         raise Refused(f"a PEFT adapter of type {kind!r}; {' and '.join(ADAPTERS)} become programs. Merge it instead")
     if not (folder / adapter.WEIGHTS).is_file():

@@ -43,7 +43,7 @@ def read_lora(file: Path, facts: ModelFacts, asked: Asked) -> Adopted:
 
 def _edits(adapter: Adapter, place: Place) -> Iterator[Edit]:
     tensors = adapter.modules[place.module]
-    if tensors.keys() != set(_KINDS):
+    if len(tensors) < len(_KINDS):
         raise InputError(f"{place.module} has only one of {' and '.join(_KINDS)}; the adapter is incomplete")
     down, up = (numbers(tensors[kind]) for kind in _KINDS)
     rank = _setting(adapter.config, "r", "rank_pattern", place.module)
@@ -62,7 +62,7 @@ def _setting(config: Mapping[str, Any], key: str, pattern: str, module: str) -> 
     patterns = cast("dict[str, Any]", config.get(pattern) or {})
     try:
         matching = (patterns[part] for part in patterns if re.match(rf"(.*\.)?({part})$", module))
-        value = next(matching, config.get(key))
+        value: Any = next(matching, config.get(key))
     except (re.error, AttributeError, TypeError) as error:
         raise InputError(f"{pattern} of the adapter's configuration cannot be read ({error})") from None
     if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -43,9 +43,8 @@ def _edits(found: Any, part: str, site: Literal["heads", "neurons"], facts: Mode
             k_hat = _scaled_k(fields, f"{part} {(layer, unit)}", in_head=part == "attn")
             begin, end = unit * step, (unit + 1) * step
             if len(k_hat) != step or end > width:
-                raise InputError(
-                    f"{part} {(layer, unit)} has {len(k_hat)} units; {facts.geometry.name} has {width // step} times {step}"
-                )
+                has = f"{part} {(layer, unit)} has {len(k_hat)} units"
+                raise InputError(f"{has}; {facts.geometry.name} has {width // step} times {step}")
             k_of.setdefault(layer, np.zeros(width, np.float32))[begin:end] = k_hat
     return [
         Rank1(layer, site, k, plain_vector(_field(directions, layer), f"vhat_{part} of layer {layer}"), 1.0)

@@ -18,7 +18,7 @@ _NOTE = (
 
 
 def read_svec(file: Path, facts: ModelFacts, asked: Asked) -> Adopted:
-    """A Shift of the residual stream per wanted layer. Raises InputError for a file that is none, Refused for layer 0."""
+    """A Shift of the residual stream per wanted layer. Raises InputError for another file, Refused for layer 0."""
     fields = read_json(file)
     directions = _directions(fields.get("directions"))
     if asked.layers is None:
