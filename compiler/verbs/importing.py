@@ -85,10 +85,17 @@ def _read(kind: Format, file: Path, base: Base, asked: Asked, strength: float) -
 
 def _provenance(kind: Format, file: Path, asked: Asked, strength: float) -> str:
     """Format, file and options in one line; no path, and the same for equal files."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     said = {**_said(asked), "strength": strength}
     options = ", ".join(f"{name} {_text(value)}" for name, value in said.items())
-    return f"{kind.name} {file.name!r} (SHA-256 {digest}), {options}"
+    return f"{kind.name} {file.name!r} (SHA-256 {_sha256(file)}), {options}"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for chunk in iter(lambda: stream.read(2**20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _said(asked: Asked) -> dict[str, Any]:

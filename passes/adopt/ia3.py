@@ -28,7 +28,8 @@ def read_ia3(file: Path, facts: ModelFacts, asked: Asked) -> Adopted:
     """Scales of heads, neurons and block outputs. Raises Refused for k_proj and every other module."""
     adapter = read_adapter(file, facts, _KINDS, _HARMLESS)
     entry = facts.architecture
-    values = tuple(linear for linear in entry.inputs if linear.name.endswith("v_proj"))  # none where q, k, v are fused
+    # None where q, k and v are fused: factors of such a map are those of k too.
+    values = tuple(linear for linear in entry.inputs if linear.outputs == ("kv",) and linear.name.endswith("v_proj"))
     found = places(adapter, facts, (*values, entry.attn_out, entry.ffn_out))
     edits = [edit for place in found if asked.wanted(place.layer) for edit in _edits(adapter, place, facts)]
     return Adopted(tuple(edits), adapter.notes)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from austeer.compiler.edits import Edit, Rank1
 from austeer.compiler.errors import InputError, Refused
@@ -59,11 +59,11 @@ def _edits(adapter: Adapter, place: Place) -> Iterator[Edit]:
 
 def _setting(config: Mapping[str, Any], key: str, pattern: str, module: str) -> Any:
     """A positive number: the one whose pattern matches the end of the module's name, else the general one."""
-    patterns = cast("dict[str, Any]", config.get(pattern) or {})
+    patterns: Any = config.get(pattern) or {}
     try:
-        matching = (patterns[part] for part in patterns if re.match(rf"(.*\.)?({part})$", module))
+        matching = (found for part, found in patterns.items() if re.match(rf"(.*\.)?({part})$", module))
         value: Any = next(matching, config.get(key))
-    except (re.error, AttributeError, TypeError) as error:
+    except (re.error, AttributeError) as error:
         raise InputError(f"{pattern} of the adapter's configuration cannot be read ({error})") from None
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise InputError(f"{key} of {module} is {value!r}, not a positive number")
