@@ -30,6 +30,8 @@ class Program:
     provenance: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not self.provenance.isprintable():
+            raise ProgramError(f"provenance must be one line of printable text, got {self.provenance[:80]!r}")
         scaled: set[tuple[int, str, int]] = set()
         for number, edit in enumerate(self.edits):
             _verify(edit, self.model, f"edit {number} ({edit.where})")

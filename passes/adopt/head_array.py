@@ -36,11 +36,12 @@ def read_array(file: Path, facts: ModelFacts, asked: Asked) -> Adopted:
 def _load(file: Path) -> NDArray[np.floating]:
     try:
         # Mapped, not read: a header that claims more than the file holds is refused and costs no memory.
-        array = np.array(np.lib.format.open_memmap(file, mode="r"))
-    except (ValueError, TypeError, OverflowError, EOFError) as error:
-        raise InputError(f"this is not an .npy file of plain numbers ({str(error).splitlines()[0]})") from None
+        with np.errstate(over="ignore"):
+            array = np.array(np.lib.format.open_memmap(file, mode="r"))
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # noqa: BLE001 - the header is parsed as Python, and its parsers raise many things
+        raise InputError(f"this is not an .npy file of plain numbers ({type(error).__name__})") from None
     if array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] == 2:
         raise InputError("this is a list of (layer, head) pairs, as LoFiT's and ITI's head selection writes: no shift")
     if array.dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""A control vector in llama.cpp, by its own --control-vector, against the interpreter of what import makes of the file."""
+"""A control vector in llama.cpp, by its own --control-vector, against the interpreter of what import makes of it."""
 
 import ctypes
 from pathlib import Path
