@@ -160,6 +160,30 @@ def build(**arguments: Any) -> Any:
     return verb(settings=chosen, **arguments)
 
 
+@main.command("import", epilog=MODEL_HELP)
+@click.argument("artefact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The model the artefact steers.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The program; must not exist.")
+@click.option("--site", help="What the vectors are added to, or the scores rank, where the artefact does not say.")
+@click.option("--layers", metavar="LIST", help="Only these, as the artefact counts them, such as 10-15,20.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies what the artefact does.")
+@click.option("--top-k", type=int, help="AUSteer scores: units to scale.")
+@click.option("--alpha", type=float, help="AUSteer scores: strength.")
+@REVISION
+@JSON
+@reporting
+def import_command(**arguments: Any) -> Any:
+    """Turn the steering of another tool into a program.
+
+    Reads control vectors (.gguf) of repeng and llama.cpp, CAST's .svec, vectors of steering-lite and steering-vectors
+    and LoFiT parameters (.safetensors), head shifts (.npy), PEFT LoRA and IA3 adapters, AUSteer's all_scores.pt and
+    Steer2Edit's rank-1 .pt.
+    """
+    from austeer.compiler.verbs.importing import import_artefact
+
+    return import_artefact(**arguments)
+
+
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--text", "as_text", is_flag=True, help="Print the program's text form, which build accepts.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ FORMAT = 1
 class Program:
     """An ordered, immutable set of edits for models of one geometry.
 
+    `provenance` says where the edits come from, if not from here; it is no part of what the program is.
     Raises ProgramError on construction if an edit lies outside the model or contradicts another.
     """
 
     model: Geometry
     edits: tuple[Edit, ...]
+    provenance: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not self.provenance.isprintable():
+            raise ProgramError(f"provenance must be one line of printable text, got {self.provenance[:80]!r}")
         scaled: set[tuple[int, str, int]] = set()
         for number, edit in enumerate(self.edits):
             _verify(edit, self.model, f"edit {number} ({edit.where})")
@@ -76,7 +80,9 @@ class Program:
         for number, edit in enumerate(self.edits):
             tensors |= {f"{number}.{name}": getattr(edit, name) for name in edit.vectors}
             edits.append(edit.scalars())
-        body = {"format": FORMAT, "sha256": self.sha256, "model": self.model.plain(), "edits": edits}
+        body: dict[str, Any] = {"format": FORMAT, "sha256": self.sha256, "model": self.model.plain(), "edits": edits}
+        if self.provenance:
+            body["provenance"] = self.provenance
         # One metadata key only: safetensors does not promise an order between several.
         write_atomically(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(body)}))
 
@@ -131,7 +137,7 @@ def _from_safetensors(data: bytes) -> Program:
         raise ProgramError(
             f"program format {body.get('format')!r}; this version reads {FORMAT}: update austeer-compile"
         )
-    program = Program(Geometry.from_plain(model), _edits_from(edits, tensors))
+    program = Program(Geometry.from_plain(model), _edits_from(edits, tensors), str(body.get("provenance", "")))
     if program.sha256 != body.get("sha256"):
         raise ProgramError("its content does not have the SHA-256 it states; the file was changed or damaged")
     return program

@@ -32,11 +32,12 @@ def is_text(data: bytes) -> bool:
 
 
 def render(program: Program) -> str:
-    """The text form of a program."""
+    """The text form of a program; its provenance is a comment, which `parse` passes over."""
     model = program.model
     sizes = " ".join(f"{size}={getattr(model, size)}" for size in SIZES)
     head = f"model {json.dumps(model.name)} {model.architecture} {sizes}"
-    return "\n".join([head, *map(_render_edit, program.edits)]) + "\n"
+    source = [f"# from {program.provenance}"] if program.provenance else []
+    return "\n".join([*source, head, *map(_render_edit, program.edits)]) + "\n"
 
 
 def parse(text: str) -> Program:

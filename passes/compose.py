@@ -29,7 +29,8 @@ def compose(programs: Sequence[Program]) -> tuple[Program, tuple[str, ...]]:
     merged = [edit for layer, site in shared for edit in _merged(edits, layer, site, first.model.width(SPACE[site]))]
     kept = [edit for edit in edits if isinstance(edit, Rank1) or (edit.layer, edit.site) not in shared]
     notes = (f"layer {layer}, site {site}: edited by several programs; the factors multiply" for layer, site in shared)
-    return Program(first.model, (*kept, *merged)), tuple(notes)
+    provenance = "; ".join(dict.fromkeys(program.provenance for program in programs if program.provenance))
+    return Program(first.model, (*kept, *merged), provenance), tuple(notes)
 
 
 def _shared_places(programs: Sequence[Program]) -> list[tuple[int, SiteName]]:

@@ -23,7 +23,7 @@ def test_public_names():
 
 
 def test_commands_and_options():
-    assert set(main.commands) == {"build", "demo", "inspect", "push", "steer", "verify"}
+    assert set(main.commands) == {"build", "demo", "import", "inspect", "push", "steer", "targets", "verify"}
     for name, command in main.commands.items():
         parameters = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
         options = {option for parameter in parameters for option in parameter.opts}

@@ -19,11 +19,13 @@ class Inspection:
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        program = {
+        program: dict[str, Any] = {
             "sha256": self.program.sha256,
             "model": self.program.model.plain(),
             "edits": [edit.plain() for edit in self.program.edits],
         }
+        if self.program.provenance:
+            program["provenance"] = self.program.provenance
         kept = ("target", "form", "lowering", "base", "certificate", "steer", "rounding", "versions")
         manifest = self.manifest or {}
         return {**program, **{key: manifest[key] for key in kept if key in manifest}}

@@ -17,6 +17,7 @@ from austeer.compiler.sites import SiteName
 from austeer.compiler.text import render
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
+from austeer.compiler.verbs.importing import Imported
 from austeer.compiler.verbs.inspect import Inspection
 from austeer.compiler.verbs.push import PushReport
 from austeer.compiler.verbs.steer import Steering
@@ -88,6 +89,12 @@ def _(report: Inspection) -> None:
 
 
 @show.register
+def _(report: Imported) -> None:
+    _program(report.program)
+    _end(report.out, None, report.notes)
+
+
+@show.register
 def _(report: Verification) -> None:
     for name, verdict in report.files.items():
         _console().print(f"{name}: {verdict}", markup=False)
@@ -131,6 +138,8 @@ def _program(program: Program) -> None:
         f"for {model.name} ({model.architecture}, {model.layers} layers, width {model.residual})",
         markup=False,
     )
+    if program.provenance:
+        _console().print(f"from {program.provenance}", markup=False)
     rows = [(number, edit.layer, edit.site, edit.kind, describe(edit)) for number, edit in enumerate(program.edits)]
     _table("Edits, in program order", ("edit", "layer", "site", "kind", "what"), rows)
 
