@@ -16,7 +16,7 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
 from austeer.compiler.verbs.common import Base, Settings, working_dtype
-from austeer.passes.localize import Scores, localize, select
+from austeer.passes.localize import Scores, localize
 from austeer.passes.search import Search, search
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
         *cut,
         *_doubts(choice, goal, len(held_out.pairs)),
     )
-    program = select(scores, choice.k, choice.alpha, base.facts.geometry)
+    program = scores.select(choice.k, choice.alpha, base.facts.geometry)
     return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
 
 
@@ -108,7 +108,7 @@ def _choose(
 ) -> Choice:
     """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
     if goal.top_k is not None and goal.alpha is not None:
-        program = select(scores, goal.top_k, goal.alpha, live_facts(model).geometry)
+        program = scores.select(goal.top_k, goal.alpha, live_facts(model).geometry)
         return Choice(goal.top_k, goal.alpha, drifts(model, plain, [program], batch_tokens)[0])
     found = search(
         model, scores, held_out, plain,
