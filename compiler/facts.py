@@ -62,6 +62,11 @@ class ModelFacts:
         """The length of a weight's axis."""
         return self.kv if axis == "kv" else self.geometry.width(axis)
 
+    @property
+    def head_dim(self) -> int:
+        """The width of one head's output."""
+        return self.geometry.heads // int(self.config[self.architecture.sizes.heads])
+
     def projection(self, role: Role) -> Linear:
         """The table's entry for an output projection."""
         return self.architecture.attn_out if role == "attn_out" else self.architecture.ffn_out
