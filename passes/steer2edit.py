@@ -117,8 +117,12 @@ def steer2edit(
         raise PairsError(f"a steering vector needs at least two usable pairs, got {len(pairs)}: give more pairs")
     if not sites or not set(sites) <= set(WRITES):
         raise UsageError(f"Steer2Edit edits the sites {' and '.join(WRITES)}, not {', '.join(sites)}")
-    facts, found = live_facts(model), {site: ports(model, site) for site in sites}
-    places = [(layer, site, reads) for site, (by_layer, _) in found.items() for layer, reads in by_layer.items()]
+    facts, found = live_facts(model), [ports(model, site) for site in sites]
+    places: list[tuple[int, SiteName, Port]] = [
+        (layer, site, reads)
+        for site, (by_layer, _) in zip(sites, found, strict=True)
+        for layer, reads in by_layer.items()
+    ]
     if not places:
         raise Refused("every layer is a mixture of experts, which has no single `neurons` site: use the site heads")
     means = [_Means(reads, port(model, facts, layer, WRITES[site])) for layer, site, reads in places]
@@ -129,7 +133,7 @@ def steer2edit(
             sides.run(model)
     with torch.no_grad():
         blocks = tuple(_block(*place, mean, facts) for place, mean in zip(places, means, strict=True))
-    return Alignment(blocks, len(pairs), tuple(note for _, notes in found.values() for note in notes))
+    return Alignment(blocks, len(pairs), tuple(note for _, notes in found for note in notes))
 
 
 class _Means:
