@@ -105,13 +105,20 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @click.option("--pairs", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, positive, negative.")
 @OUT
 @click.option(
-    "--site",
-    default="ffn",
+    "--method",
+    type=click.Choice(["austeer", "steer2edit"]),
+    default="austeer",
     show_default=True,
-    help="heads (attention), attn, neurons, ffn or residual (layer).",
+    help="austeer scales units; steer2edit adds rank-1 edits of heads and neurons.",
 )
-@click.option("--top-k", type=int, help="Units to scale; default: searched.")
+@click.option(
+    "--site",
+    help="heads (attention), attn, neurons, ffn or residual (layer); default: ffn; steer2edit: heads and neurons.",
+)
+@click.option("--top-k", type=int, help="Units (steer2edit: heads and neurons) to edit; default: searched.")
 @click.option("--alpha", type=float, help="Strength; default: searched.")
+@click.option("--rho", type=float, help="steer2edit: penalty of its elastic net, with --l1-ratio; default: searched.")
+@click.option("--l1-ratio", type=float, help="steer2edit: the l1 part of that penalty, from 0 to below 1.")
 @click.option(
     "--max-drift",
     type=float,
@@ -131,7 +138,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @JSON
 @reporting
 def steer(**arguments: Any) -> Any:
-    """Find the units that tell good from bad answers, scale them, and write the steered checkpoint."""
+    """Find what tells good from bad answers inside the model, edit it, and write the steered checkpoint."""
     from austeer.compiler.verbs.steer import steer as verb
 
     chosen = settings(arguments)

@@ -1,7 +1,6 @@
 """AUSteer localization (arXiv 2602.04428): which units tell the two sides of contrastive pairs apart."""
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,11 @@ from austeer.compiler.edits import Floats, Scale
 from austeer.compiler.errors import PairsError, Refused, UsageError
 from austeer.compiler.facts import Geometry
 from austeer.compiler.forward import begin
-from austeer.compiler.live import Port, live_facts, port
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import PairTokens, batches
+from austeer.compiler.watch import ports, watching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +35,31 @@ class Scores:
     pairs: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """The number of units of all layers."""
+        return self.beta.size
+
+    def select(self, k: int, alpha: float, model: Geometry) -> Program:
+        """The k units with the largest |β| of all layers (ties: lower layer, then lower unit), scaled by γ = α·β.
+
+        One Scale per layer that has any. Raises UsageError for a k outside 1..units or an α that is not finite.
+        """
+        if not 1 <= k <= self.size:
+            raise UsageError(f"the number of units must be from 1 to {self.size} at site {self.site}, got {k}")
+        if not np.isfinite(alpha):
+            raise UsageError(f"alpha must be a finite number, got {alpha}")
+        ranked = np.argsort(-np.abs(self.beta), axis=None, kind="stable")[:k]
+        rows, units = np.divmod(np.sort(ranked), self.beta.shape[1])
+        return Program.of(
+            (
+                Scale(layer, self.site, tuple(chosen.tolist()), alpha * self.beta[row, chosen].astype(np.float64))
+                for row, layer in enumerate(self.layers)
+                if (chosen := units[rows == row]).size
+            ),
+            model=model,
+        )
+
 
 def localize(
     model: "PreTrainedModel",
@@ -53,65 +77,17 @@ def localize(
     """
     if len(pairs) < 2:
         raise PairsError(f"localization needs at least two usable pairs, got {len(pairs)}: give more pairs")
-    ports, notes = _ports(model, site)
-    tallies = {layer: _Tally(round_to_half) for layer in ports}
+    places, notes = ports(model, site)
+    if not places:
+        raise Refused("every layer is a mixture of experts, which has no single `neurons` site: use the site ffn")
+    tallies = {layer: _Tally(round_to_half) for layer in places}
     packed = list(batches(pairs, batch_tokens))
     for batch in track(packed, "Localizing", len(packed)):
         sides = begin(model, batch)
-        with _watching(ports, {layer: tally.counter(sides.last) for layer, tally in tallies.items()}):
+        with watching((places[layer], tally.counter(sides.last)) for layer, tally in tallies.items()):
             sides.run(model)
     beta = np.stack([tally.beta(len(pairs)) for tally in tallies.values()])
-    return Scores(site, tuple(ports), beta, len(pairs), notes)
-
-
-def select(scores: Scores, k: int, alpha: float, model: Geometry) -> Program:
-    """The k units with the largest |β| of all layers (ties: lower layer, then lower unit), scaled by γ = α·β.
-
-    One Scale per layer that has any. Raises UsageError for a k outside 1..units or an α that is not finite.
-    """
-    if not 1 <= k <= scores.beta.size:
-        raise UsageError(f"the number of units must be from 1 to {scores.beta.size} at site {scores.site}, got {k}")
-    if not np.isfinite(alpha):
-        raise UsageError(f"alpha must be a finite number, got {alpha}")
-    ranked = np.argsort(-np.abs(scores.beta), axis=None, kind="stable")[:k]
-    rows, units = np.divmod(np.sort(ranked), scores.beta.shape[1])
-    return Program.of(
-        (
-            Scale(layer, scores.site, tuple(chosen.tolist()), alpha * scores.beta[row, chosen].astype(np.float64))
-            for row, layer in enumerate(scores.layers)
-            if (chosen := units[rows == row]).size
-        ),
-        model=model,
-    )
-
-
-def _ports(model: "PreTrainedModel", site: SiteName) -> tuple[dict[int, Port], tuple[str, ...]]:
-    facts = live_facts(model)
-    layers = range(facts.geometry.layers)
-    without = [layer for layer in layers if site == "neurons" and facts.has_experts(layer)]
-    if len(without) == len(layers):
-        raise Refused("every layer is a mixture of experts, which has no single `neurons` site: use the site ffn")
-    note = f"layers {', '.join(map(str, without))} are mixtures of experts without a `neurons` site: left out"
-    return {layer: port(model, facts, layer, site) for layer in layers if layer not in without}, (note,) * bool(without)
-
-
-@contextmanager
-def _watching(ports: dict[int, Port], counters: dict[int, "Callable[[Tensor], None]"]) -> Generator[None]:
-    """Within the context, each counter is shown the activation that passes its layer's port."""
-    with ExitStack() as hooks:
-        for layer, place in ports.items():
-            hooks.callback(_hook(place, counters[layer]).remove)
-        yield
-
-
-def _hook(place: Port, see: "Callable[[Tensor], None]") -> Any:
-    if place.side == "input":
-        return place.module.register_forward_pre_hook(lambda _, args: see(args[0]))
-
-    def after(_module: Any, _inputs: Any, output: Any) -> None:
-        see(output[0] if isinstance(output, tuple) else output)
-
-    return place.module.register_forward_hook(after)
+    return Scores(site, tuple(places), beta, len(pairs), notes)
 
 
 class _Tally:

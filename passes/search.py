@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from austeer.compiler.errors import UsageError
+from austeer.compiler.facts import Geometry
 from austeer.compiler.live import live_facts
 from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import PairTokens, Tokens
-from austeer.passes.localize import Scores, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +21,24 @@ ROUNDS = 6  # drift measurements per k, at most
 CLOSE = 0.8  # with this part of the limit used up, α is as strong as need be
 LEAP = 32.0  # the most that α changes from one measurement to the next, as a factor
 TINY_DRIFT = 1e-12  # for logarithms; far below float32 noise
+
+
+class Ranking(Protocol):
+    """What a find pass knows of a model: its components (units, heads, neurons) by how much they matter."""
+
+    @property
+    def size(self) -> int:
+        """The number of components."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each."""
+        ...
+
+    def select(self, k: int, alpha: float, model: Geometry) -> Program:
+        """The program that edits the first k components with strength α."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Search:
 
 def search(
     model: "PreTrainedModel",
-    scores: Scores,
+    ranking: Ranking,
     held_out: Sequence[PairTokens],
     neutral: Sequence[Tokens],
     *,
@@ -58,7 +76,7 @@ def search(
 ) -> Search:
     """Tries k = 1, 2, 4, ... (or `top_k`), each up to the strongest α (or at `alpha`) within `max_drift`.
 
-    The winner has the best accuracy on `held_out` pairs, which `scores` must not have seen; among equals the
+    The winner has the best accuracy on `held_out` pairs, which `ranking` must not have seen; among equals the
     largest margin. `max_drift` is in nats per token of `neutral`. Raises UsageError unless it is positive.
     """
     if not max_drift > 0:
@@ -66,7 +84,7 @@ def search(
     geometry = live_facts(model).geometry
 
     def programs(trials: Sequence[Trial]) -> list[Program]:
-        return [select(scores, trial.k, trial.alpha, geometry) for trial in trials]
+        return [ranking.select(trial.k, trial.alpha, geometry) for trial in trials]
 
     def measured(trials: Sequence[Trial]) -> list[Trial]:
         found = drifts(model, neutral, programs(trials), batch_tokens)
@@ -75,7 +93,7 @@ def search(
             for t, drift in zip(trials, found, strict=True)
         ]
 
-    counts = [top_k] if top_k is not None else _powers_of_two(min(MOST_UNITS, scores.beta.size))
+    counts = [top_k] if top_k is not None else _powers_of_two(min(MOST_UNITS, ranking.size))
     tried = climb(measured, counts, alpha, max_drift)
     within = [trial for trial in tried if trial.drift <= max_drift]
     base, *found = effects(model, held_out, [None, *programs(within)], batch_tokens)

@@ -18,7 +18,6 @@ from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
 from austeer.compiler.errors import CheckpointError, Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.layout import Layout
-from austeer.compiler.patch import role_of
 from austeer.compiler.program import Program
 from austeer.compiler.staging import copy_file, write_file
 from austeer.targets.checkpoint import Writing
@@ -55,6 +54,11 @@ class CodePlan:
         return sum((self.base / name).stat().st_size for name in self.kept) + self.vector_bytes
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """How it is loaded."""
+        return (f"load it with trust_remote_code=True, which runs {CODE}; without that it does not load at all",)
+
+    @property
     def vector_bytes(self) -> int:
         """The size of the vectors."""
         return sum(vector.nbytes for vector in self.vectors.values())
@@ -84,20 +88,32 @@ def plan(program: Program, layout: Layout) -> CodePlan:
 
 def write(plan: CodePlan, folder: Path, writing: Writing) -> None:
     """Writes the files of the base, its shards unchanged, and those that carry the edits, into `folder`."""
+    for name, source in copied(plan).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)
+        writing.advance(target.stat().st_size)
+    for name, data in made(plan).items():
+        write_file(folder / name, data)
+    writing.advance(plan.vector_bytes)
+
+
+def copied(plan: CodePlan) -> dict[str, Path]:
+    """The files that are the base's own, by their names in the output."""
+    changed = _changed(plan)
+    return {RENAMED.get(name, name): plan.base / name for name in plan.kept if name not in changed}
+
+
+def made(plan: CodePlan) -> dict[str, bytes]:
+    """The files that carry the edits."""
     from safetensors.numpy import save
 
-    changed = _changed(plan)
-    for name in plan.kept:
-        if name not in changed:
-            target = folder / RENAMED.get(name, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(plan.base / name, target)
-            writing.advance(target.stat().st_size)
-    for name, fields in changed.items():
-        write_file(folder / name, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())
-    write_file(folder / CODE, code(plan.layout.facts.architecture))
-    write_file(folder / VECTORS, save(plan.vectors, metadata={"format": "pt"}))
-    writing.advance(plan.vector_bytes)
+    texts = {
+        name: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, fields in _changed(plan).items()
+    }
+    vectors = save(plan.vectors, metadata={"format": "pt"})
+    return {**texts, CODE: code(plan.layout.facts.architecture), VECTORS: vectors}
 
 
 def load(folder: Path, base: Path, *, dtype: str, device: str) -> "PreTrainedModel":  # noqa: ARG001 (as every form's)
@@ -113,7 +129,7 @@ def load(folder: Path, base: Path, *, dtype: str, device: str) -> "PreTrainedMod
 
 def _place(edit: Edit, facts: ModelFacts) -> tuple[str, str]:
     """The module, seen from the decoder, and the place there: "input", "output", or "rank1", from one to the other."""
-    entry, role = facts.architecture, role_of(edit)
+    entry, role = facts.architecture, facts.role(edit)
     block = entry.block.format(layer=edit.layer)
     if edit.site == "residual":
         return block.rstrip("."), "output"

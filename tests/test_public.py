@@ -10,6 +10,7 @@ import click
 import austeer.compiler
 from austeer.compiler import errors
 from austeer.compiler.cli import main
+from austeer.compiler.verbs.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,12 @@ def test_commands_and_options():
         assert "--json" in options, name
         if name in ("steer", "build", "verify"):
             assert {"--device", "--dtype", "--batch-tokens", "--max-length", "--seed"} <= options
+
+
+def test_the_command_line_offers_the_methods_that_there_are():
+    method = next(parameter for parameter in main.commands["steer"].params if parameter.name == "method")
+    assert isinstance(method.type, click.Choice)
+    assert list(method.type.choices) == list(METHODS)
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is():

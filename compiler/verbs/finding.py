@@ -1,12 +1,13 @@
-"""Finding a program on a live model: localize, choose units and strength on held-out prompts."""
+"""Finding a program on a live model: rank its components, choose how many and how strongly on held-out prompts."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import CheckFailed, UsageError
+from austeer.compiler.facts import Geometry
 from austeer.compiler.forward import longest_text
 from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import drifts
@@ -16,8 +17,9 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
 from austeer.compiler.verbs.common import Base, Settings, working_dtype
-from austeer.passes.localize import Scores, localize, select
-from austeer.passes.search import Search, search
+from austeer.compiler.verbs.methods import METHODS, Method
+from austeer.passes.search import Ranking, Search, search
+from austeer.passes.steer2edit import Alignment, elastic_net
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,19 +31,31 @@ CERTIFIED_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token)."""
+    """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token).
 
-    site: SiteName
+    `rho` and `l1_ratio`, Steer2Edit's own terms, decide both how many and how strong.
+    """
+
+    method: Method
+    sites: tuple[SiteName, ...]
     top_k: int | None
     alpha: float | None
     max_drift: float
+    rho: float | None = None
+    l1_ratio: float | None = None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to choose, so that no pair has to be held out."""
-        return self.top_k is not None and self.alpha is not None
+        return self.rho is not None or (self.top_k is not None and self.alpha is not None)
+
+    @property
+    def place(self) -> str:
+        """The sites, for messages."""
+        return " and ".join(self.sites)
 
     def __post_init__(self) -> None:
+        _require_penalty(self)
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"--top-k must be at least 1, got {self.top_k}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):
@@ -50,14 +64,33 @@ class Goal:
             raise UsageError(f"--max-drift must be a finite number above 0, got {self.max_drift}")
 
 
+def _require_penalty(goal: Goal) -> None:
+    if goal.method is METHODS["steer2edit"] and goal.alpha is not None and goal.alpha < 0:
+        raise UsageError(f"--alpha must be above 0 for --method steer2edit, got {goal.alpha}; or swap the sides")
+    if goal.rho is None and goal.l1_ratio is None:
+        return
+    if goal.method is not METHODS["steer2edit"]:
+        raise UsageError("--rho and --l1-ratio belong to --method steer2edit")
+    if goal.rho is None or goal.l1_ratio is None:
+        raise UsageError("--rho and --l1-ratio need each other; or leave both out, and they are searched")
+    if goal.top_k is not None or goal.alpha is not None:
+        raise UsageError("--rho and --l1-ratio decide what --top-k and --alpha do: give one pair or the other")
+    elastic_net((), goal.rho, goal.l1_ratio)  # refuses what has no closed form
+
+
 @dataclass(frozen=True)
 class Choice:
-    """How many units, how strongly, the drift that this costs, and the search that chose them."""
+    """How many components, how strongly, the drift that this costs, and the search that chose them.
+
+    For Steer2Edit also the elastic net that says the same.
+    """
 
     k: int
     alpha: float
     drift: float
     search: Search | None = None
+    rho: float | None = None
+    l1_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,40 +116,63 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
     fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
     fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
     plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
-    scores = localize(model, fitted.pairs, goal.site, batch_tokens=settings.batch_tokens)
-    choice = _choose(model, scores, held_out.pairs, plain, goal, settings.batch_tokens)
+    ranking = goal.method.rank(model, fitted.pairs, goal.sites, settings.batch_tokens)
+    program, choice = _choose(model, ranking, held_out.pairs, plain, goal, settings.batch_tokens)
     texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
     notes = (
         *_chat_notice(tokenizer, settings),
         *fitted.notes,
         *held_out.notes,
-        *scores.notes,
+        *ranking.notes,
         *cut,
         *_doubts(choice, goal, len(held_out.pairs)),
     )
-    program = select(scores, choice.k, choice.alpha, base.facts.geometry)
     return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
 
 
 def _choose(
     model: "PreTrainedModel",
-    scores: Scores,
+    ranking: Ranking,
     held_out: Sequence[PairTokens],
     plain: Sequence[Tokens],
     goal: Goal,
     batch_tokens: int,
-) -> Choice:
+) -> tuple[Program, Choice]:
     """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
-    if goal.top_k is not None and goal.alpha is not None:
-        program = select(scores, goal.top_k, goal.alpha, live_facts(model).geometry)
-        return Choice(goal.top_k, goal.alpha, drifts(model, plain, [program], batch_tokens)[0])
-    found = search(
-        model, scores, held_out, plain,
-        max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=batch_tokens,
-    )  # fmt: skip
-    if found.best is None:
-        raise CheckFailed(_no_help(found, goal))
-    return Choice(found.best.k, found.best.alpha, found.best.drift, found)
+    geometry = live_facts(model).geometry
+    if goal.complete:
+        program, k, alpha = _given(ranking, goal, geometry)
+        choice = Choice(k, alpha, drifts(model, plain, [program], batch_tokens)[0])
+    else:
+        found = search(
+            model, ranking, held_out, plain,
+            max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=batch_tokens,
+        )  # fmt: skip
+        if found.best is None:
+            raise CheckFailed(_no_help(found, goal))
+        choice = Choice(found.best.k, found.best.alpha, found.best.drift, found)
+        program = ranking.select(choice.k, choice.alpha, geometry)
+    return program, _with_penalty(choice, ranking, goal)
+
+
+def _given(ranking: Ranking, goal: Goal, geometry: Geometry) -> tuple[Program, int, float]:
+    """The program of a complete goal, how many components it edits, and how strongly."""
+    if isinstance(ranking, Alignment) and goal.rho is not None and goal.l1_ratio is not None:
+        k, alpha = ranking.choice(goal.rho, goal.l1_ratio)
+        if k == 0:
+            raise CheckFailed("the elastic net leaves no head or neuron to edit: use a smaller --rho or --l1-ratio")
+        return ranking.program(goal.rho, goal.l1_ratio, geometry), k, alpha
+    assert goal.top_k is not None
+    assert goal.alpha is not None
+    return ranking.select(goal.top_k, goal.alpha, geometry), goal.top_k, goal.alpha
+
+
+def _with_penalty(choice: Choice, ranking: Ranking, goal: Goal) -> Choice:
+    if not isinstance(ranking, Alignment):
+        return choice
+    given = goal.rho, goal.l1_ratio
+    rho, l1_ratio = ranking.penalty(choice.k, choice.alpha) if goal.rho is None else given
+    return replace(choice, rho=rho, l1_ratio=l1_ratio)
 
 
 def _doubts(choice: Choice, goal: Goal, pairs: int) -> tuple[str, ...]:
@@ -165,7 +221,7 @@ def _interleaved(first: Sequence[Tokens], second: Sequence[Tokens]) -> list[Toke
 def _no_help(found: Search, goal: Goal) -> str:
     tried = ", ".join(sorted({str(trial.k) for trial in found.table}, key=int))
     return (
-        f"steering at site {goal.site} does not help within a drift of {goal.max_drift} nats per token: none of "
+        f"steering at site {goal.place} does not help within a drift of {goal.max_drift} nats per token: none of "
         f"{len(found.table)} trials (k of {tried}) beats the base's held-out accuracy of {found.base.accuracy:.3f}. "
         "Nothing was written. Try another --site, a larger --max-drift, or more pairs"
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,11 +17,12 @@ from austeer.compiler.progress import track
 from austeer.compiler.target import Target
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
-from austeer.targets import checkpoint, gguf, gguf_patch, lora
+from austeer.targets import checkpoint, gguf, gguf_patch, lora, model_code
 from austeer.targets.checkpoint import Plan, Writing
 from austeer.targets.gguf import GgufPlan
 from austeer.targets.gguf_patch import GgufPatchPlan
 from austeer.targets.lora import LoraPlan
+from austeer.targets.model_code import CodePlan
 from austeer.targets.shards import Copy, Shard, Zeros
 
 if TYPE_CHECKING:
@@ -162,8 +164,30 @@ def _compare_gguf(plan: GgufPlan | GgufPatchPlan, out: Path) -> dict[str, str]:
     return gguf_patch.problems(out, plan) if isinstance(plan, GgufPatchPlan) else gguf.problems(out, plan)
 
 
+def _plan_code(program: Program, layout: Layout, target: Target, _: str) -> CodePlan:
+    if target.name not in CODE_TARGETS:
+        raise UsageError(f"{target.title} runs no model code; {' and '.join(CODE_TARGETS)} do")
+    return model_code.plan(program, layout)
+
+
+def _load_code(_: CodePlan, out: Path, base: Path, dtype: str, device: str) -> "PreTrainedModel":
+    return model_code.load(out, base, dtype=dtype, device=device)
+
+
+def _compare_code(plan: CodePlan, out: Path) -> dict[str, str]:
+    texts = {name: _compare_text(out / name, data) for name, data in model_code.made(plan).items()}
+    copies = model_code.copied(plan).items()
+    return texts | {name: _compare_copy(out / name, source) for name, source in track(copies, "Comparing", len(copies))}
+
+
+def _compare_copy(path: Path, source: Path) -> str:
+    return "ok" if path.is_file() and cmp(path, source, shallow=False) else "missing, or not the base's"
+
+
+CODE_TARGETS = ("transformers", "vllm")
 FORMS: Mapping[str, Form] = {
     "checkpoint": Form(_plan_checkpoint, checkpoint.write, _load_checkpoint, _compare_checkpoint),
     "gguf": Form(_plan_gguf, _write_gguf, _load_gguf, _compare_gguf),
     "lora": Form(_plan_lora, lora.write, _load_lora, _compare_by_writing(lora.write)),
+    "model-code": Form(_plan_code, model_code.write, _load_code, _compare_code),
 }

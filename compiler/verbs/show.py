@@ -19,6 +19,7 @@ from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.importing import Imported
 from austeer.compiler.verbs.inspect import Inspection
+from austeer.compiler.verbs.methods import method_named
 from austeer.compiler.verbs.push import PushReport
 from austeer.compiler.verbs.steer import Steering
 from austeer.compiler.verbs.targets import Support
@@ -63,9 +64,11 @@ def _(report: Steering) -> None:
         ]
         columns = ("k", "alpha", "drift", "accuracy", "margin", "")
         _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
+    choice, components = report.choice, method_named(report.method).components
+    penalty = f" (rho {choice.rho:.4g}, l1 ratio {choice.l1_ratio:.4g})" if choice.rho is not None else ""
     console.print(
-        f"Scaled {report.choice.k} units at site {report.site} with alpha {report.choice.alpha:.4g}; "
-        f"drift {report.choice.drift:.4f} nats per token"
+        f"Edited {choice.k} {components} at site {report.site} with alpha {choice.alpha:.4g}{penalty}; "
+        f"drift {choice.drift:.4f} nats per token"
     )
     _end(report.out, report.certificate, report.notes)
 

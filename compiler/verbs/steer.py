@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
-from austeer.compiler.edits import Scale
 from austeer.compiler.errors import Refused, UsageError
 from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.sites import SPACE, SiteName, site_named
+from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
-from austeer.compiler.target import Target
 from austeer.compiler.verbs.common import (
     FORM,
     Base,
@@ -24,6 +22,7 @@ from austeer.compiler.verbs.common import (
     write_compiled,
 )
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
+from austeer.compiler.verbs.methods import Method, method_named
 from austeer.passes.legalize import refusal
 
 
@@ -33,7 +32,8 @@ class Steering:
 
     out: str | None
     program: Program
-    site: SiteName
+    method: str
+    site: str
     choice: Choice
     certificate: Certificate | None
     notes: tuple[str, ...]
@@ -44,11 +44,9 @@ class Steering:
             "out": self.out,
             "sha256": self.program.sha256,
             "edits": len(self.program.edits),
+            "method": self.method,
             "site": self.site,
-            "top_k": self.choice.k,
-            "alpha": self.choice.alpha,
-            "drift": self.choice.drift,
-            "search": asdict(self.choice.search) if self.choice.search else None,
+            **_plain(self.choice),
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -59,9 +57,12 @@ def steer(
     pairs: str | Path,
     out: str | Path,
     *,
-    site: str = "ffn",
+    method: str = "austeer",
+    site: str | None = None,
     top_k: int | None = None,
     alpha: float | None = None,
+    rho: float | None = None,
+    l1_ratio: float | None = None,
     max_drift: float = 0.1,
     neutral: str | Path | None = None,
     program_only: bool = False,
@@ -70,69 +71,91 @@ def steer(
     revision: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Steering:
-    """Finds the units that tell the pairs' sides apart (AUSteer), scales them, and writes the checkpoint at `out`.
+    """Finds what tells the pairs' sides apart, edits it, and writes the checkpoint at `out`.
 
-    What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy with a mean
-    KL to the base on neutral text of at most `max_drift`. With `program_only`, `out` is a program file.
+    The method "austeer" scales units of one site, default ffn; "steer2edit" adds rank-1 edits of heads, neurons or,
+    by default, both. What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy
+    with a mean KL to the base on neutral text of at most `max_drift`; Steer2Edit's `rho` and `l1_ratio` together
+    stand for both. With `program_only`, `out` is a program file.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
-    goal, out = Goal(site_named(site), top_k, alpha, max_drift), Path(out)
+    chosen, out = method_named(method), Path(out)
+    goal = Goal(chosen, _sites(method, chosen, site), top_k, alpha, max_drift, rho, l1_ratio)
     require_place(out)  # now, not after hours of work
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal.site, base, target_for(target, form))
+        _require_foldable(goal, base, target, form)
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
-        return _report(out, goal, finding, None, ())
+        return _report(out, method, goal, finding, None, ())
     compiled = Compiled.of(finding.program, base, target, form)
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
+    extra = {"steer": _record(method, goal, finding, Path(pairs), settings.seed)}
     certificate = write_compiled(compiled, out, certify=check, extra=extra)
-    return _report(out, goal, finding, certificate, (*kept, *compiled.plan.notes))
+    return _report(out, method, goal, finding, certificate, (*kept, *compiled.plan.notes))
 
 
-def _require_foldable(site: SiteName, base: Base, target: Target) -> None:
-    """Refused, before any model is run, where no layer can carry a scale at the site."""
-    probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
-    reasons = [refusal(probe, base.facts, target) for probe in probes]
+def _sites(name: str, method: Method, site: str | None) -> tuple[SiteName, ...]:
+    if site is None:
+        return method.default
+    if site_named(site) not in method.sites:
+        raise UsageError(f"--method {name} edits the sites {' and '.join(method.sites)}, not {site}")
+    return (site_named(site),)
+
+
+def _require_foldable(goal: Goal, base: Base, target: str | None, form: str) -> None:
+    """Refused, before any model is run, where no layer can carry an edit at any of the sites."""
+    engine, layers = target_for(target, form), range(base.facts.geometry.layers)
+    if form == "model-code":  # carries every edit
+        return
+    reasons = [refusal(goal.method.probe(layer, site), base.facts, engine) for site in goal.sites for layer in layers]
     if all(reasons):
         raise Refused(
-            f"steering at site {site} cannot be compiled: {reasons[0]}; or write the program alone with --program-only"
+            f"steering at site {goal.place} cannot be compiled: {reasons[0]}; "
+            "or write the program alone with --program-only"
         )
 
 
 def _require_units(goal: Goal, base: Base) -> None:
-    units = base.facts.geometry.layers * base.facts.geometry.width(SPACE[goal.site])
-    if goal.top_k is not None and goal.top_k > units:
-        raise UsageError(f"--top-k {goal.top_k} is more than the {units} units at site {goal.site} of all layers")
+    facts, method = base.facts, goal.method
+    most = facts.geometry.layers * sum(method.count(facts, site) for site in goal.sites)
+    if goal.top_k is not None and goal.top_k > most:
+        raise UsageError(
+            f"--top-k {goal.top_k} is more than the {most} {method.components} at site {goal.place} of all layers"
+        )
 
 
-def _record(goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, Any]:
+def _plain(choice: Choice) -> dict[str, Any]:
+    """For report and manifest; the terms of the elastic net only where there is one."""
+    penalty = {"rho": choice.rho, "l1_ratio": choice.l1_ratio} if choice.rho is not None else {}
+    search = asdict(choice.search) if choice.search else None
+    return {"top_k": choice.k, "alpha": choice.alpha, **penalty, "drift": choice.drift, "search": search}
+
+
+def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, Any]:
     """For the manifest: how the program was found, without any pair text."""
     return {
-        "site": goal.site,
-        "top_k": finding.choice.k,
-        "alpha": finding.choice.alpha,
+        "method": method,
+        "site": goal.place,
+        **_plain(finding.choice),
         "max_drift": goal.max_drift,
-        "drift": finding.choice.drift,
         "seed": seed,
         "pairs": {
             "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest(),
             "fitted": finding.fitted,
             "held_out": finding.held_out,
         },
-        "search": asdict(finding.choice.search) if finding.choice.search else None,
     }
 
 
 def _report(
-    out: Path, goal: Goal, finding: Finding, certificate: Certificate | None, kept: tuple[str, ...]
+    out: Path, method: str, goal: Goal, finding: Finding, certificate: Certificate | None, kept: tuple[str, ...]
 ) -> Steering:
-    return Steering(str(out), finding.program, goal.site, finding.choice, certificate, (*finding.notes, *kept))
+    return Steering(str(out), finding.program, method, goal.place, finding.choice, certificate, (*finding.notes, *kept))

@@ -15,7 +15,7 @@ from austeer.compiler.facts import ModelFacts
 from austeer.compiler.sites import SPACE
 from austeer.passes.adopt.artefact import Adopted, Asked
 from austeer.passes.adopt.pickles import load_plain
-from austeer.passes.localize import Scores, select
+from austeer.passes.localize import Scores
 
 SCORES, LAYERS, WINDOWS = "all_scores.pt", "all_layer_ids.pt", "all_indices.pt"
 
@@ -38,7 +38,7 @@ def read_austeer_scores(file: Path, facts: ModelFacts, asked: Asked) -> Adopted:
         )
     notes = _check_order(file.parent, layers, width)
     scores = Scores(site, tuple(range(layers)), beta.reshape(layers, width), pairs=0)
-    return Adopted(select(scores, asked.top_k, asked.alpha, facts.geometry).edits, notes)
+    return Adopted(scores.select(asked.top_k, asked.alpha, facts.geometry).edits, notes)
 
 
 def _scores(found: Any) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -18,7 +18,7 @@ from austeer.compiler.live import live_facts, load_model, load_tokenizer, port
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.sites import SITES, SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs
-from austeer.passes.localize import Scores, localize, select
+from austeer.passes.localize import Scores, localize
 from tests.shared import TINY, shared, tiny
 
 AUTHORS: dict[SiteName, str] = {"heads": "attention", "ffn": "ffn", "residual": "layer"}
@@ -167,15 +167,15 @@ def scores_of(rows: list[list[float]], layers: tuple[int, ...] = (0, 2)) -> Scor
 
 def test_select_ranks_globally_and_breaks_ties_by_layer_then_unit() -> None:
     scores = scores_of([[0.5, -0.9, 0.5, 0.6], [0.9, 0.5, -1.0, 0.6]])
-    assert select(scores, 1, 2.0, GEOMETRY).edits == (Scale(2, "ffn", (2,), [-2.0]),)
-    four = select(scores, 4, 2.0, GEOMETRY).edits
+    assert scores.select(1, 2.0, GEOMETRY).edits == (Scale(2, "ffn", (2,), [-2.0]),)
+    four = scores.select(4, 2.0, GEOMETRY).edits
     assert [(edit.layer, edit.units) for edit in four if isinstance(edit, Scale)] == [(0, (1, 3)), (2, (0, 2))]
-    six = select(scores, 6, 2.0, GEOMETRY).edits
+    six = scores.select(6, 2.0, GEOMETRY).edits
     assert [(edit.layer, edit.units) for edit in six if isinstance(edit, Scale)] == [(0, (0, 1, 3)), (2, (0, 2, 3))]
 
 
 def test_gamma_is_alpha_times_beta_rounded_once() -> None:
-    (edit,) = select(scores_of([[0.56, 0.1, 0.1, 0.1]], (1,)), 1, 0.3, GEOMETRY).edits
+    (edit,) = scores_of([[0.56, 0.1, 0.1, 0.1]], (1,)).select(1, 0.3, GEOMETRY).edits
     assert isinstance(edit, Scale)
     assert edit.gamma[0] == np.float32(0.3 * float(np.float32(0.56)))
 
@@ -192,7 +192,7 @@ def test_gamma_is_alpha_times_beta_rounded_once() -> None:
 )
 def test_select_refuses_what_cannot_be_meant(k: int, alpha: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        select(scores_of([[0.5, 0.6, 0.7, 0.8]], (1,)), k, alpha, GEOMETRY)
+        scores_of([[0.5, 0.6, 0.7, 0.8]], (1,)).select(k, alpha, GEOMETRY)
 
 
 @pytest.mark.parametrize("site", SITES)

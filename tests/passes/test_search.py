@@ -16,7 +16,7 @@ from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.pairs import read_pairs, read_texts, split_by_prompt
 from austeer.compiler.tokens import PairTokens, encode_pairs, encode_texts
-from austeer.passes.localize import Scores, localize, select
+from austeer.passes.localize import Scores, localize
 from austeer.passes.search import CLOSE, LEAP, ROUNDS, Trial, best_of, climb, search
 from tests.shared import shared, tiny
 
@@ -89,7 +89,7 @@ def test_the_table_is_what_measuring_again_gives() -> None:
     assert {trial.k for trial in found.table} == {1, 2, 4, 8, 16, 32}
     assert list(found.table) == sorted(found.table, key=lambda trial: (trial.k, trial.alpha))
     geometry = live_facts(model).geometry
-    programs = [select(scores, trial.k, trial.alpha, geometry) for trial in found.table]
+    programs = [scores.select(trial.k, trial.alpha, geometry) for trial in found.table]
     assert [trial.drift for trial in found.table] == pytest.approx(drifts(model, neutral, programs, 200), abs=1e-6)
     again = effects(model, held, [None, *programs], 200)
     assert found.base == again[0]
@@ -140,7 +140,7 @@ def test_steering_raises_the_accuracy_on_unseen_prompts(max_drift: float, goal: 
     found = search(model, scores, choose, neutral, max_drift=max_drift, batch_tokens=4096)
     assert found.best
     assert len(found.table) <= 80
-    program = select(scores, found.best.k, found.best.alpha, live_facts(model).geometry)
+    program = scores.select(found.best.k, found.best.alpha, live_facts(model).geometry)
     base, steered = effects(model, test, [None, program], 4096)
     assert base.accuracy == pytest.approx(0.69, abs=0.01)
     assert steered.accuracy >= goal

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from austeer.compiler import CheckFailed, OutputError, Program
+from austeer.compiler import CheckFailed, OutputError, Program, Rank1, Refused, UsageError
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.verbs.common import Settings
 from austeer.compiler.verbs.demo import MODEL
 from austeer.compiler.verbs.steer import Steering, steer
+from tests.tiny import Tiny, on_disk
 
 CPU = Settings(device="cpu")
 PAIRS, NEUTRAL = MODEL / "pairs.jsonl", MODEL / "neutral.txt"
@@ -105,3 +107,74 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path):
         steer(str(tmp_path / "no model"), PAIRS, tmp_path, settings=CPU)
     with pytest.raises(OutputError, match="no directory"):
         steer(str(tmp_path / "no model"), PAIRS, tmp_path / "gone" / "out", settings=CPU)
+
+
+@pytest.fixture(scope="module")
+def rank1(tmp_path_factory: pytest.TempPathFactory) -> Steering:
+    out = tmp_path_factory.mktemp("steer2edit") / "out"
+    return steer(str(MODEL), PAIRS, out, method="steer2edit", top_k=64, neutral=NEUTRAL, settings=CPU)
+
+
+def test_steer2edit_is_searched_written_and_certified(rank1: Steering):
+    found = rank1.choice.search
+    assert found is not None
+    assert found.best is not None
+    assert found.best.effect is not None
+    assert found.best.effect.accuracy > found.base.accuracy
+    assert found.best.drift <= 0.1
+    assert rank1.certificate is not None
+    assert rank1.certificate.passed
+    places = [(edit.layer, edit.site) for edit in rank1.program.edits]
+    assert len(set(places)) == len(places)
+    assert {type(edit) for edit in rank1.program.edits} == {Rank1}
+    assert Program.load(Path(str(rank1.out)) / PROGRAM) == rank1.program
+
+
+def test_rho_and_l1_ratio_say_how_many_and_how_strongly(rank1: Steering, tmp_path: Path):
+    rho, l1_ratio = rank1.choice.rho, rank1.choice.l1_ratio
+    assert rho is not None
+    assert l1_ratio is not None
+    options = {"method": "steer2edit", "neutral": NEUTRAL, "program_only": True, "settings": CPU}
+    given = steer(str(MODEL), PAIRS, tmp_path / "a", rho=rho, l1_ratio=l1_ratio, **options)
+    assert given.choice.search is None
+    assert given.choice.alpha == pytest.approx(rank1.choice.alpha)
+    record = rank1.plain()
+    assert (record["method"], record["site"], record["top_k"]) == ("steer2edit", "heads and neurons", 64)
+    assert (record["rho"], record["l1_ratio"]) == (rho, l1_ratio)
+    assert read_manifest(Path(str(rank1.out)))["steer"]["rho"] == rho
+    heads = steer(str(MODEL), PAIRS, tmp_path / "b", site="attention", rho=rho, l1_ratio=0.0, **options)
+    assert {edit.site for edit in heads.program.edits} == {"heads"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "unknown method 'magic': use one of austeer, steer2edit"),
+        ({"method": "steer2edit", "site": "ffn"}, "edits the sites heads and neurons, not ffn"),
+        ({"method": "steer2edit", "rho": 0.1}, "need each other"),
+        ({"method": "steer2edit", "rho": 0.1, "l1_ratio": 1.0}, "from 0 to below 1"),
+        ({"method": "steer2edit", "rho": 0.1, "l1_ratio": 0.5, "top_k": 4}, "one pair or the other"),
+        ({"method": "steer2edit", "alpha": -1.0}, "above 0"),
+        ({"method": "steer2edit", "top_k": 10**6}, "heads and neurons at site heads and neurons of all layers"),
+        ({"rho": 0.1, "l1_ratio": 0.5}, "belong to --method steer2edit"),
+    ],
+)
+def test_options_of_one_method_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(UsageError, match=message):
+        steer(str(MODEL), PAIRS, tmp_path / "out", settings=CPU, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_no_head_or_neuron_left_by_the_penalty(tmp_path: Path):
+    with pytest.raises(CheckFailed, match="no head or neuron"):
+        steer(
+            str(MODEL), PAIRS, tmp_path / "out", method="steer2edit", rho=3.0, l1_ratio=0.9, neutral=NEUTRAL,
+            settings=CPU,
+        )  # fmt: skip
+    assert not any(tmp_path.iterdir())
+
+
+def test_neurons_of_nothing_but_experts_are_refused_before_a_model_runs(tmp_path: Path):
+    model = on_disk(Tiny("mixtral"))
+    with pytest.raises(Refused, match="steering at site neurons cannot be compiled"):
+        steer(str(model), PAIRS, tmp_path / "out", method="steer2edit", site="neurons", settings=CPU)
