@@ -21,6 +21,11 @@ from transformers.utils import logging
 
 from austeer.compiler import Edit, Program, Rank1, Scale, Shift
 from austeer.compiler.facts import read_facts
+from austeer.compiler.layout import Layout
+from austeer.passes.fold import fold
+from austeer.passes.legalize import legalize
+from austeer.targets import checkpoint
+from austeer.targets.tables import TARGETS
 
 logging.disable_progress_bar()
 
@@ -336,6 +341,12 @@ def _every_edit(tiny: Tiny, folder: Path, rng: np.random.Generator) -> Iterator[
 def _rank1(layer: int, site: Any, inputs: int, outputs: int, rng: np.random.Generator) -> Rank1:
     k, v = rng.normal(size=inputs), rng.normal(size=outputs)
     return Rank1(layer, site, k * (rng.random(inputs) < 0.5), v, 0.1)
+
+
+def planned_checkpoint(program: Program, layout: Layout, target: str = "llama.cpp") -> checkpoint.Plan:
+    """What the form `checkpoint` would write for a target."""
+    form = legalize(program, layout.facts, TARGETS[target])
+    return checkpoint.plan(fold(program, layout.facts, form), layout, form)
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from austeer.compiler import Program, interpret
+from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.importing import import_artefact
-from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, log_probabilities, served
+from tests.engines.llama_cpp import served
+from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, log_probabilities
 from tests.shared import shared
 from tests.tiny import load
 
@@ -64,6 +66,7 @@ def test_import_means_what_llama_cpp_does(tmp_path: Path, monkeypatch: pytest.Mo
     plain = log_probabilities(model, ids)
     with interpret(model, Program.load(tmp_path / "p.safetensors")):
         steered = log_probabilities(model, ids)
+    build(str(base), [tmp_path / "p.safetensors"], tmp_path / "out", target="llama.cpp")
     gguf = converted(base, tmp_path)
     assert np.abs(served(gguf, ids, plain.shape[1], ids[-1]) - plain).max() < CLOSE  # the control: nothing is added
 
@@ -73,3 +76,6 @@ def test_import_means_what_llama_cpp_does(tmp_path: Path, monkeypatch: pytest.Mo
     found = served(gguf, ids, plain.shape[1], ids[-1])
     assert np.abs(found - steered).max() < CLOSE
     assert np.abs(plain - steered).max() > 1000 * CLOSE
+    monkeypatch.setattr(xllamacpp, "Server", server)
+    compiled = served(converted(tmp_path / "out", tmp_path), ids, plain.shape[1], ids[-1])
+    assert np.abs(found - compiled).max() < CLOSE  # llama.cpp's own run of the vector, and the weights it became

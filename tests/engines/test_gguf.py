@@ -17,13 +17,11 @@ from austeer.compiler.errors import CheckFailed
 from austeer.compiler.facts import read_facts
 from austeer.compiler.gguf import read_gguf
 from austeer.compiler.layout import Layout
-from austeer.passes.fold import fold
-from austeer.passes.legalize import legalize
-from austeer.targets import checkpoint, gguf, gguf_patch
+from austeer.targets import gguf, gguf_patch
 from austeer.targets.checkpoint import Writing
 from austeer.targets.llama_cpp import convert
 from tests.engines.llama_cpp import served, use_converter
-from tests.tiny import VOCABULARY, Tiny, load, logits, on_disk, programs_edits, tokens
+from tests.tiny import VOCABULARY, Tiny, load, logits, on_disk, planned_checkpoint, programs_edits, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -103,7 +101,7 @@ def of_llama_cpp(path: Path) -> "np.ndarray[Any, Any]":
 def planned(base: Path, program: Program) -> gguf.GgufPlan:
     facts = read_facts(base)
     layout = Layout.of(Checkpoint.open(base), facts)
-    return gguf.plan(checkpoint.plan(fold(legalize(program, facts), facts), layout), layout)
+    return gguf.plan(planned_checkpoint(program, layout), layout)
 
 
 def steered_by_converter(base: Path, program: Program, folder: Path) -> Path:
@@ -199,13 +197,12 @@ def test_equal_inputs_give_equal_bytes_and_damage_is_found(tmp_path: Path, monke
         one.write_bytes(good)
 
 
-def test_loaded_for_the_certificate_it_is_the_gguf_and_not_the_base(tmp_path: Path) -> None:
+def test_what_the_certificate_measures_is_what_llama_cpp_runs(tmp_path: Path) -> None:
     for name in ("mixtral", "gpt2"):
         (folder := tmp_path / name).mkdir()
         base = model(CASES[name], folder)
         program = Program.of(edits(CASES[name], base, added=False), model=base)
-        path = steered_by_converter(base, program, folder / "out")
-        live = gguf.load(path.parent, base, dtype="float32", device="cpu")
+        live = gguf.load(planned(base, program), dtype="float32", device="cpu")
         assert np.abs(said(live) - of_live(base, program)).max() < 1e-4
         assert np.abs(said(live) - of_live(base, None)).max() > 0.1
 

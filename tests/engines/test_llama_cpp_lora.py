@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from austeer.compiler import Program, interpret
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.facts import facts_of
+from austeer.compiler.form import ModelForm
 from austeer.compiler.layout import Layout
 from austeer.passes.fold import fold
 from austeer.targets.checkpoint import Writing
@@ -50,7 +51,8 @@ def test_the_base_with_the_adapter_says_in_llama_cpp_what_the_interpreter_says(t
     layout = Layout.of(base, facts_of("stories260K", base.config))
     program = Program.of(edits(layout.facts.geometry), model=folder)
     (tmp_path / "adapter").mkdir()
-    made = plan(fold(program, layout.facts), layout, "llama.cpp", name="stories260K")
+    own = ModelForm(layout.facts.architecture)
+    made = plan(fold(program, layout.facts, own), layout, "llama.cpp", name="stories260K")
     write(made, tmp_path / "adapter", Writing())
     ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
     model = load(folder)

@@ -14,12 +14,11 @@ from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import AusteerError, CheckpointError, InputError, ProgramError, Refused
 from austeer.compiler.facts import Geometry, read_facts
 from austeer.compiler.layout import Layout
-from austeer.passes.fold import fold
-from austeer.targets import checkpoint, gguf, gguf_patch
+from austeer.targets import gguf, gguf_patch
 from austeer.targets.checkpoint import Writing
 from austeer.targets.gguf_model import GgufModel
 from austeer.targets.llama_cpp import SCRIPT, VARIABLE
-from tests.tiny import Tiny, on_disk, program
+from tests.tiny import Tiny, on_disk, planned_checkpoint, program
 
 package = pytest.importorskip("gguf", reason="the gguf package, which reads and writes what is tested, is missing")
 
@@ -299,7 +298,7 @@ def test_a_cut_file_is_an_error(size: int, tmp_path: Path) -> None:
 def planned(base: Path, program: Program) -> gguf.GgufPlan:
     facts = read_facts(base)
     layout = Layout.of(Checkpoint.open(base), facts)
-    return gguf.plan(checkpoint.plan(fold(program, facts), layout), layout)
+    return gguf.plan(planned_checkpoint(program, layout), layout)
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from austeer.compiler import CheckpointError, Edit, Program, Rank1, Refused, Sca
 from austeer.compiler.certificate import compare, observe
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.facts import facts_of
+from austeer.compiler.form import ModelForm
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import load_model
 from austeer.compiler.patch import role_of
 from austeer.compiler.rewrite import Matrix
 from austeer.compiler.tensors import read_header
 from austeer.passes.fold import fold
-from austeer.passes.legalize import legalize
 from austeer.targets import checkpoint
 from austeer.targets.checkpoint import Writing
 from austeer.targets.lora import LoraPlan, load, plan, write
@@ -43,8 +43,8 @@ PEFT_NOISE = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def planned(folder: Path, edits: Iterable[Edit], target: str = "transformers") -> LoraPlan:
     base = Checkpoint.open(folder)
     layout = Layout.of(base, facts_of("model", base.config))
-    program = legalize(Program.of(edits, model=folder), layout.facts)
-    return plan(fold(program, layout.facts), layout, target, name="tiny/model")
+    program, own = Program.of(edits, model=folder), ModelForm(layout.facts.architecture)
+    return plan(fold(program, layout.facts, own), layout, target, name="tiny/model")
 
 
 def written(made: LoraPlan, folder: Path) -> Writing:
@@ -58,7 +58,7 @@ def carried(tiny: Tiny, folder: Path, seed: int = 0) -> list[Edit]:
     """Random edits that an adapter can hold, stated here a second time: no constant, nothing that a bias follows."""
 
     def holds(edit: Edit) -> bool:
-        role, experts = role_of(edit), tiny.architecture in ("qwen3_moe", "mixtral")
+        role, experts = role_of(edit, post_norm=tiny.post_norm), tiny.architecture in ("qwen3_moe", "mixtral")
         biased = ("attn" if role == "attn_out" else "ffn") in tiny._constants()
         scales_bias = isinstance(edit, Scale) and edit.site in ("attn", "ffn") and biased
         return not (isinstance(edit, Shift) or scales_bias or (experts and role == "ffn_out"))
@@ -133,8 +133,9 @@ def test_merged_it_is_the_form_checkpoint(name: str, tmp_path: Path) -> None:
     base = Checkpoint.open(folder)
     layout = Layout.of(base, facts_of("model", base.config))
     (tmp_path / "checkpoint").mkdir()
-    patch = fold(Program.of(edits, model=folder), layout.facts)
-    checkpoint.write(checkpoint.plan(patch, layout), tmp_path / "checkpoint", Writing())
+    own = ModelForm(layout.facts.architecture)
+    patch = fold(Program.of(edits, model=folder), layout.facts, own)
+    checkpoint.write(checkpoint.plan(patch, layout, own), tmp_path / "checkpoint", Writing())
     merged = PeftModel.from_pretrained(load_plain(folder), tmp_path / "lora").merge_and_unload().state_dict()
     expected, plain = load_plain(tmp_path / "checkpoint").state_dict(), load_plain(folder).state_dict()
     changed = [key for key in plain if not torch.equal(plain[key], expected[key])]
