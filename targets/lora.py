@@ -152,6 +152,8 @@ def _refusal(form: Affine, layout: Layout) -> str | None:
     """Why the change of a projection is not one of low rank in one matrix; None if it is."""
     if form.role == "ffn_out" and layout.facts.architecture.experts:
         return "the model has experts, and PEFT takes any FFN's down projection for theirs, in dense layers too"
+    if form.role == "block":
+        return "it changes a norm, and an adapter changes linear maps"
     if form.adds_bias:
         return "a Shift is a constant, which only a bias can hold, and engines serve no bias in an adapter"
     if form.changes_bias and layout.bias(form.layer, form.role):

@@ -16,7 +16,7 @@ from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, log_probabiliti
 from tests.shared import shared
 from tests.tiny import load
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.usefixtures("converter")]
 
 PARSE = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"  # bool common_params_parse(...)
 STRENGTH = 1.5

@@ -13,11 +13,11 @@ from austeer.compiler import Edit, Program, Rank1, Scale, interpret
 from austeer.compiler.facts import Geometry
 from austeer.compiler.verbs.build import build
 from austeer.targets.llama_cpp import convert
-from tests.engines.llama_cpp import served, use_converter
+from tests.engines.llama_cpp import served
 from tests.shared import shared
 from tests.tiny import load
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.usefixtures("converter")]
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 CLOSE = 1e-3
@@ -64,11 +64,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         steered = log_probabilities(model, ids)
     assert np.abs(plain - steered).max() > 1
     return Story(base, folder / "out", ids, plain, steered)
-
-
-@pytest.fixture(autouse=True)
-def converter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    use_converter(monkeypatch, tmp_path, tokenizer=True)
 
 
 def converted(model: Path, folder: Path) -> Path:

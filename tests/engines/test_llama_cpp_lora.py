@@ -22,7 +22,7 @@ from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, edits, log_prob
 from tests.shared import shared
 from tests.tiny import load
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.usefixtures("converter")]
 
 NAMES = {"self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down"}
 

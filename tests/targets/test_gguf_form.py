@@ -311,9 +311,9 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("tiny", "match"),
     [
-        (Tiny("opt"), "llama.cpp does not run opt"),
-        (Tiny("qwen3"), "o_proj has a bias, and llama.cpp loads no qwen3 with one"),
-        (Tiny("gemma2"), "o_proj has a bias, and llama.cpp loads no gemma2 with one"),
+        (Tiny("opt"), "llama.cpp 0c1e57098 does not have the architecture opt"),
+        (Tiny("qwen3"), "the base has self_attn.o_proj.bias, and llama.cpp 0c1e57098 does not load a qwen3"),
+        (Tiny("gemma2"), "the base has self_attn.o_proj.bias, and llama.cpp 0c1e57098 does not load a gemma2"),
         (Tiny("gpt2"), "4 × 24 neurons, and this one has 28"),
         (Tiny("gpt_neox", biases=False), "loads no gptneox without a bias of attention.dense"),
     ],
