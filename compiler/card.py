@@ -1,5 +1,7 @@
 """The model card of a compiled checkpoint: what it was made from, under which licence, and what was edited."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,50 @@ from austeer.compiler.program import Program
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LISTED_EDITS = 50
 
+
+@dataclass(frozen=True)
+class Words:
+    """What a card says of one form of output."""
+
+    library: str
+    what: str
+    kept: str
+
+
+STEERED = (
+    "Activation steering was compiled into it by `austeer-compile`: it behaves as\n"
+    "the base model would with the activation edits below applied at every token"
+)
+FORMS: Mapping[str, Words] = {
+    "checkpoint": Words(
+        "transformers",
+        "This is `{base}` **with edited weights**. " + STEERED + ", with no hooks and no custom code.",
+        "All other weights are byte for byte those of the base.",
+    ),
+    "gguf": Words(
+        "gguf",
+        "This is `{base}` **with edited weights**, as a GGUF. " + STEERED + ", with no hooks and no custom code.",
+        "All other weights are those of the base.",
+    ),
+    "lora": Words(
+        "peft",
+        "This is an **adapter for `{base}`**, which edits its activations. " + STEERED + ".\n"
+        "Without the adapter the base is what it was.",
+        "The adapter holds nothing else.",
+    ),
+    "model-code": Words(
+        "transformers",
+        "This is `{base}` **with code that edits its activations**. " + STEERED + ".\n"
+        "It needs `trust_remote_code=True`; the code is the one file `modeling_austeer.py`.",
+        "The base's weights are all there, byte for byte.",
+    ),
+}
+
 BODY = """\
 # {base}, steered
 
-This is `{base}` **with edited weights**. Activation steering was compiled into it by `austeer-compile`: it behaves as
-the base model would with the activation edits below applied at every token, with no hooks and no custom code.
-{licence}
+{what}
+{notes}{licence}
 ## What was edited
 
 Program `{sha256}`, {count} edits. The program is in `{program}`, the full record of tensors and slices in `{manifest}`.
@@ -25,8 +65,7 @@ Program `{sha256}`, {count} edits. The program is in `{program}`, the full recor
 |---|---|---|---|
 {rows}
 
-All other weights are byte for byte those of the base. Anyone who has the base can check this, and recompute the
-measurement below, with `austeer-compile verify`.
+{kept} Anyone who has the base can check this, and recompute the measurement below, with `austeer-compile verify`.
 
 ## How exact it is
 
@@ -39,15 +78,28 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 """
 
 
-def render_card(program: Program, base: str, base_card: dict[str, Any], certificate: Certificate | None) -> bytes:
-    """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields."""
+def render_card(
+    program: Program,
+    base: str,
+    base_card: dict[str, Any],
+    certificate: Certificate | None,
+    *,
+    form: str = "checkpoint",
+    notes: Sequence[str] = (),
+) -> bytes:
+    """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields.
+
+    `notes` are what else a user should know, a sentence each.
+    """
     import yaml
+
+    words = FORMS[form]
 
     inherited = {key: base_card[key] for key in INHERITED if base_card.get(key)}
     front = {
         "base_model": base,
         **inherited,
-        "library_name": "transformers",
+        "library_name": words.library,
         "tags": ["austeer-compile", "activation-steering", "edited-weights"],
     }
     licence = inherited.get("license_name") or inherited.get("license")
@@ -59,8 +111,10 @@ def render_card(program: Program, base: str, base_card: dict[str, Any], certific
     rows = [_row(edit) for edit in program.edits[:LISTED_EDITS]]
     if len(program.edits) > LISTED_EDITS:
         rows.append(f"| … | | | {len(program.edits) - LISTED_EDITS} more in `{MANIFEST}` |")
+    listed = "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
     body = BODY.format(
-        base=base, licence=stated, sha256=program.sha256, count=len(program.edits), program=PROGRAM,
+        base=base, what=words.what.format(base=base), kept=words.kept, licence=stated, notes=listed,
+        sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
     )  # fmt: skip
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()

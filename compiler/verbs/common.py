@@ -178,6 +178,13 @@ def write_compiled(
             "versions": tool_versions(),
         }
         write_file(folder / MANIFEST, render(manifest))
-        card = render_card(program, base.fetched.id, read_card(base.path), certificate)
+        card = render_card(
+            program,
+            base.fetched.id,
+            read_card(base.path),
+            certificate,
+            form=compiled.form,
+            notes=plan.notes,
+        )
         write_file(folder / "README.md", card)
     return certificate
