@@ -156,9 +156,9 @@ def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens
     texts = take_tokens(texts, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
     comparison, kept, made = Comparison(), list["Tensor"](), list[Tokens]()
     for number, text in enumerate(track(texts, "reference")):
-        plain = _logits(model, text)
+        plain = text_logits(model, text)
         with interpret(model, program):
-            kept.append(_logits(model, text))
+            kept.append(text_logits(model, text))
             if number < GREEDY_TEXTS:
                 made.append(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS))
         comparison.add(kept[-1], plain)
@@ -169,7 +169,7 @@ def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> C
     """Runs the compiled model over the same texts."""
     found = Comparison()
     for text, expected in zip(track(reference.texts, "compiled"), reference.logits, strict=True):
-        found.add(expected, _logits(model, text))
+        found.add(expected, text_logits(model, text))
     made = tuple(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS) for text in reference.texts[:GREEDY_TEXTS])
     base, tokens = reference.base, found.tokens
     return Certificate(
@@ -201,8 +201,8 @@ def stored_dtype(folder: Path) -> str:
     return next((name for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")) if dtype in found), "float32")
 
 
-def _logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
-    """[tokens, vocabulary], float32 on the CPU."""
+def text_logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
+    """What a live model says of one text: logits [tokens, vocabulary], float32 on the CPU."""
     import torch
 
     with torch.inference_mode():

@@ -10,6 +10,7 @@ import click
 import austeer.compiler
 from austeer.compiler import errors
 from austeer.compiler.cli import main
+from austeer.targets.engines.registry import ENGINES
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,13 @@ def test_commands_and_options():
         assert "--json" in options, name
         if name in ("steer", "build", "verify"):
             assert {"--device", "--dtype", "--batch-tokens", "--max-length", "--seed"} <= options
+
+
+def test_verify_takes_engines_and_their_names_are_fixed():
+    assert "--engine" in {option for parameter in main.commands["verify"].params for option in parameter.opts}
+    assert set(ENGINES) == {
+        "ctranslate2", "llama.cpp", "mlx-lm", "onnxruntime-genai", "openvino", "peft", "transformers", "vllm",
+    }  # fmt: skip
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is():
