@@ -1,5 +1,7 @@
 """CTranslate2, through its converter of transformers models."""
 
+import json
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,15 +12,15 @@ from austeer.targets.engines.engine import Answer, Engine, Request, Scores, answ
 
 def run(request: Request) -> Answer:
     """Converts to CTranslate2's own format in float32, and asks its generator."""
-    import ctranslate2
     import numpy as np
-    from ctranslate2.converters import TransformersConverter
 
+    ctranslate2: Any = import_module("ctranslate2")
+    import_module("ctranslate2.converters")
     with TemporaryDirectory() as folder:
         converted = str(Path(folder) / "model")
-        TransformersConverter(str(request.folder)).convert(converted, quantization="float32")
+        ctranslate2.converters.TransformersConverter(str(request.folder)).convert(converted, quantization="float32")
         generator: Any = ctranslate2.Generator(converted, compute_type="float32", intra_threads=1)
-        vocabulary: Any = _vocabulary(Path(converted))
+        vocabulary = json.loads((Path(converted) / "vocabulary.json").read_text("utf-8"))
 
     def score(text: Tokens) -> Scores:
         return log_softmax(np.array(generator.forward_batch([list(text)]))[0])
@@ -30,12 +32,6 @@ def run(request: Request) -> Answer:
         return tuple(found[0].sequences_ids[0])
 
     return answer(request, score, follow)
-
-
-def _vocabulary(folder: Path) -> list[str]:
-    import json
-
-    return json.loads((folder / "vocabulary.json").read_text("utf-8"))
 
 
 ENGINE = Engine("ctranslate2", ("ctranslate2",), "pip install ctranslate2", run)

@@ -1,6 +1,7 @@
 """llama.cpp: a GGUF in float32 by its own converter, served by xllamacpp, which is llama.cpp as a wheel."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,8 +40,7 @@ def run(request: Request) -> Answer:
 
 def _server(gguf: Path, longest: int) -> Any:
     """In float32 throughout: by default the cache is float16, and flash attention rounds."""
-    import xllamacpp
-
+    xllamacpp: Any = import_module("xllamacpp")
     options: Any = xllamacpp.CommonParams()
     options.model.path = str(gguf)
     options.n_ctx, options.n_parallel, options.verbosity = longest, 1, -1
@@ -82,7 +82,7 @@ def _plain_token(folder: Path, vocabulary: int) -> int:
     """A token that is a character of its own in any encoding."""
     from austeer.compiler.live import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer: Any = load_tokenizer(folder)
     pieces = (tokenizer.decode([token]).strip() for token in range(vocabulary))
     return next((number for number, piece in enumerate(pieces) if piece.isascii() and piece.isalpha()), 0)
 

@@ -1,5 +1,6 @@
 """MLX-LM, on the CPU: it reads the Hugging Face folder as it is."""
 
+from importlib import import_module
 from typing import Any
 
 from austeer.compiler.tokens import Tokens
@@ -8,20 +9,18 @@ from austeer.targets.engines.engine import Answer, Engine, Request, Scores, answ
 
 def run(request: Request) -> Answer:
     """Loads the folder, its weights cast to float32."""
-    import mlx.core as mx
     import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
 
-    mx.set_default_device(mx.cpu)  # type: ignore[arg-type]
-    model: Any = load_model(request.folder)[0]
+    mx: Any = import_module("mlx.core")
+    mx.set_default_device(mx.cpu)
+    model: Any = import_module("mlx_lm.utils").load_model(request.folder)[0]
     model.set_dtype(mx.float32)
 
     def score(text: Tokens) -> Scores:
         return log_softmax(np.array(model(mx.array([text]))[0]))
 
     def follow(text: Tokens, count: int) -> Tokens:
-        cache, made = make_prompt_cache(model), [*text]
+        cache, made = import_module("mlx_lm.models.cache").make_prompt_cache(model), [*text]
         for number in range(count):
             new = made[-1:] if number else made
             made.append(int(mx.argmax(model(mx.array([new]), cache=cache)[0, -1])))

@@ -1,5 +1,6 @@
 """ONNX Runtime GenAI, through its own model builder."""
 
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,8 +13,8 @@ from austeer.targets.engines.engine import Answer, Engine, Request, Scores, answ
 def run(request: Request) -> Answer:
     """Builds the ONNX model in float32 for the CPU, and asks GenAI's generator."""
     import numpy as np
-    import onnxruntime_genai as genai
 
+    genai: Any = import_module("onnxruntime_genai")
     window = int(read_json(request.folder / CONFIG).get("sliding_window") or 0)  # the cache must not be smaller
     with TemporaryDirectory() as folder:
         model: Any = genai.Model(_built(request.folder, Path(folder)))
@@ -39,11 +40,10 @@ def run(request: Request) -> Answer:
 
 
 def _built(source: Path, folder: Path) -> str:
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
+    builder: Any = import_module("onnxruntime_genai.models.builder")
     built = str(folder / "model")
-    chosen: Any = ("", str(source), built, "fp32", "cpu", str(folder / "cache"))
-    create_model(*chosen, **parse_extra_options(*chosen, []))
+    chosen = ("", str(source), built, "fp32", "cpu", str(folder / "cache"))
+    builder.create_model(*chosen, **builder.parse_extra_options(*chosen, []))
     return built
 
 

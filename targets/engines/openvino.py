@@ -4,6 +4,7 @@ Without a cache: the export with one, which OpenVINO GenAI wants, is made by opt
 another transformers.
 """
 
+from importlib import import_module
 from typing import Any
 
 from austeer.compiler.tokens import Tokens
@@ -14,8 +15,8 @@ from austeer.targets.engines.transformers import load
 def run(request: Request) -> Answer:
     """Converts the loaded model in float32, and asks the CPU plugin."""
     import numpy as np
-    import openvino as ov
 
+    ov: Any = import_module("openvino")
     compiled: Any = ov.compile_model(_traced(request), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def score(text: Tokens) -> Scores:
@@ -26,7 +27,6 @@ def run(request: Request) -> Answer:
 
 def _traced(request: Request) -> Any:
     """An OpenVINO model: token ids int64 [1, tokens] to logits [1, tokens, vocabulary], for any number of tokens."""
-    import openvino as ov
     import torch
 
     class Logits(torch.nn.Module):
@@ -41,7 +41,7 @@ def _traced(request: Request) -> Any:
     model = Logits()
     if hasattr(model.model, "set_experts_implementation"):
         model.model.set_experts_implementation("batched_mm")  # no loop over the experts in use
-    return ov.convert_model(model, example_input=torch.tensor([[0, 1, 2, 3, 4]]))
+    return import_module("openvino").convert_model(model, example_input=torch.tensor([[0, 1, 2, 3, 4]]))
 
 
 ENGINE = Engine("openvino", ("openvino",), "pip install openvino", run)

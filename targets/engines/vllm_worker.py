@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 os.environ.update(
@@ -17,14 +18,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 def main(request: str, out: str) -> None:
     """Writes `scores0`, `scores1`, ... float32 [tokens, vocabulary], and `continuations` int64 [texts, count]."""
     import numpy as np
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
+    vllm: Any = import_module("vllm")
     with open(request, encoding="utf-8") as file:  # noqa: PTH123 (no more than it needs)
         asked = json.load(file)
     texts, count = asked["texts"], max(1, asked["count"])  # the last row of a text is that of the first token made
-    options = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
+    options = vllm.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
     sizes = {"max_model_len": max(map(len, texts)) + count, "max_num_seqs": 4}
-    model: Any = LLM(asked["folder"], dtype="float32", enforce_eager=True, max_logprobs=-1, **sizes)
+    model: Any = vllm.LLM(asked["folder"], dtype="float32", enforce_eager=True, max_logprobs=-1, **sizes)
     outputs = model.generate([{"prompt_token_ids": text} for text in texts], options)
     found = {f"scores{number}": scores(output) for number, output in enumerate(outputs)}
     made = np.array([output.outputs[0].token_ids[: asked["count"]] for output in outputs], dtype=np.int64)

@@ -169,6 +169,7 @@ def test_verify_says_that_an_engine_drops_what_a_sound_build_holds(
 # ---- adapters ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
 def test_peft_puts_an_adapter_on_the_base(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     tiny = sized("llama")
