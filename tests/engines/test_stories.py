@@ -83,6 +83,13 @@ def test_the_compiled_model_tells_the_interpreters_story_and_the_base_its_own(na
     assert np.abs(base - story.steered).max() > 1000 * CLOSE
 
 
-def test_an_engine_that_cannot_run_heads_of_8_says_so(story: Story) -> None:
-    with pytest.raises(CheckFailed, match="head_size shall be a multiple of 16"):
-        installed("onnxruntime-genai").ask(Request(story.out, (story.ids,)))
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("onnxruntime-genai", "head_size shall be a multiple of 16"),
+        pytest.param("vllm", "Unsupported CPU attention configuration: head_dim=8", marks=pytest.mark.vllm),
+    ],
+)
+def test_an_engine_that_cannot_run_heads_of_8_says_so(name: str, says: str, story: Story) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        installed(name).ask(Request(story.out, (story.ids,)))
