@@ -211,6 +211,7 @@ def inspect(path: Path, *, as_text: bool) -> Any:
     type=click.Path(path_type=Path),
     help="Texts or pairs to measure on; default: sampled from the base.",
 )
+@click.option("--engine", "engines", metavar="NAME", multiple=True, help="Load OUT in this engine too; repeatable.")
 @RUN
 @JSON
 @reporting

@@ -11,6 +11,7 @@ import austeer.compiler
 from austeer.compiler import errors
 from austeer.compiler.cli import main
 from austeer.compiler.verbs.methods import METHODS
+from austeer.targets.engines.registry import ENGINES
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +38,13 @@ def test_the_command_line_offers_the_methods_that_there_are():
     method = next(parameter for parameter in main.commands["steer"].params if parameter.name == "method")
     assert isinstance(method.type, click.Choice)
     assert list(method.type.choices) == list(METHODS)
+
+
+def test_verify_takes_engines_and_their_names_are_fixed():
+    assert "--engine" in {option for parameter in main.commands["verify"].params for option in parameter.opts}
+    assert set(ENGINES) == {
+        "ctranslate2", "llama.cpp", "mlx-lm", "onnxruntime-genai", "openvino", "peft", "transformers", "vllm",
+    }  # fmt: skip
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is():

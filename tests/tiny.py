@@ -48,6 +48,9 @@ class Tiny:
     tied: bool = False
     post_norm: bool = False  # opt only: do_layer_norm_before=False
     dense: tuple[int, ...] = (1,)  # layers without experts: qwen3_moe only
+    vocabulary: int = VOCABULARY
+    spread: float = 0.3  # of the weights of blocks
+    embedding: float = 1.0  # spread of the embeddings: large enough to count beside what the blocks add
     dtype: str = "float32"
     seed: int = 0
 
@@ -63,8 +66,9 @@ class Tiny:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, parameter in model.named_parameters():
                 fresh = torch.randn_like(parameter)
-                # Norms stay near 1; embeddings are large enough to count beside what the blocks add.
-                width = {1: 0.2, 2: 1.0 if "embed" in name or "wte" in name else 0.3}.get(parameter.ndim, 0.3)
+                # Norms stay near 1.
+                widths = {1: 0.2, 2: self.embedding if "embed" in name or "wte" in name else self.spread}
+                width = widths.get(parameter.ndim, self.spread)
                 parameter.data = width * fresh + (parameter.data if parameter.ndim == 1 else 0)
         return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
 
@@ -102,7 +106,7 @@ class Tiny:
 
 def _decoder(tiny: Tiny) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": tiny.vocabulary,
         "hidden_size": tiny.residual,
         "intermediate_size": tiny.neurons,
         "num_hidden_layers": tiny.layers,
@@ -153,7 +157,7 @@ def _by_four(size: int) -> int:
 
 def _gpt2(tiny: Tiny) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": tiny.vocabulary,
         "n_embd": tiny.heads * tiny.head_dim,
         "n_layer": tiny.layers,
         "n_head": tiny.heads,
@@ -171,7 +175,7 @@ def _gpt_neox(tiny: Tiny) -> dict[str, Any]:
 
 def _opt(tiny: Tiny) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": tiny.vocabulary,
         "hidden_size": tiny.heads * tiny.head_dim,
         "ffn_dim": tiny.neurons,
         "num_hidden_layers": tiny.layers,

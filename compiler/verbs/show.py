@@ -11,6 +11,7 @@ from rich.table import Table
 from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
+from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.measure import Effect
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
@@ -102,6 +103,8 @@ def _(report: Verification) -> None:
     for name, verdict in report.files.items():
         _console().print(f"{name}: {verdict}", markup=False)
     _end(None, report.certificate, report.notes)
+    if report.engines:
+        _engines(report.engines)
     for problem in report.problems:
         _console().print(f"FAILED: {problem}", markup=False)
     if report.passed:
@@ -202,6 +205,19 @@ def _certificate(certificate: Certificate) -> None:
     zeros = f"zero weights {certificate.zeros_before:.4%} -> {certificate.zeros_after:.4%}"
     verdict = "It holds." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
     _console().print(f"Greedy text {same}; {zeros}. {verdict}", highlight=False)
+
+
+def _engines(checks: Iterable[EngineCheck]) -> None:
+    columns = ("engine", "from the interpreter", "from its unedited base", "")
+    rows = [
+        (
+            f"{found.engine} {found.version or ''}",
+            *(f"{distance.max_abs:.3g} (KL {distance.mean_kl:.3g})" for distance in (found.compiled, found.edited)),
+            "FAILED" if found.failure else "ok",
+        )
+        for found in checks
+    ]
+    _table("Engines: max difference of log-probabilities, float32", columns, rows)
 
 
 def _table(title: str, columns: Iterable[str], rows: Sequence[tuple[Any, ...]], *, all_rows: bool = False) -> None:

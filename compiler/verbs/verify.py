@@ -1,20 +1,23 @@
 """verify: a compiled checkpoint checked from its files alone: bytes, then numbers."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
+from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.errors import UsageError
 from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import encode_texts, take_tokens
+from austeer.compiler.tokens import Tokens, encode_texts, take_tokens
 from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, open_base
+from austeer.compiler.verbs.engines import check_engines
+from austeer.targets.engines.registry import engine_named
 
 CHUNK = 2**24
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
@@ -28,6 +31,7 @@ class Verification:
     files: dict[str, str]
     certificate: Certificate | None
     notes: tuple[str, ...]
+    engines: tuple[EngineCheck, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -41,6 +45,7 @@ class Verification:
             "problems": list(self.problems),
             "files": self.files,
             "certificate": self.certificate.plain() if self.certificate else None,
+            "engines": [found.plain() for found in self.engines],
             "notes": list(self.notes),
         }
 
@@ -50,15 +55,17 @@ def verify(
     *,
     base: str | None = None,
     texts: str | Path | None = None,
+    engines: Sequence[str] = (),
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Verification:
     """Checks that `out` is its base with exactly its program folded in, and measures the certificate anew.
 
     Without `texts` (a file of texts or pairs) it measures on text sampled from the base. Without `base` the
-    manifest's is used: a Hub id, or a folder of that name here or beside `out`. Raises CheckpointError if
-    `out` or its base cannot be read; what is merely wrong is a problem in the report.
+    manifest's is used: a Hub id, or a folder of that name here or beside `out`. Every engine named loads `out`
+    and the base, and must say what the interpreter says. Raises CheckpointError if `out` or its base cannot be
+    read, UsageError for an engine that is not here; what is merely wrong is a problem in the report.
     """
-    out = Path(out)
+    out, asked = Path(out), [engine_named(name) for name in engines]
     manifest = read_manifest(out)
     program = Program.load(out / PROGRAM)
     opened = open_base(base or _find_base(manifest, out), None if base else manifest["base"]["revision"])
@@ -68,9 +75,12 @@ def verify(
     compiled = Compiled.of(program, opened, manifest["target"], manifest["form"])
     files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
-    certificate, notes = _measure(compiled, out, texts, settings)
-    problems += certificate.failures()
-    return Verification(tuple(problems), files, certificate, notes)
+    dtype, notes = certificate_dtype(opened, settings)
+    tokens, cut = _tokens(opened, texts, dtype, settings)
+    certificate = compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device)
+    checks, wrong = check_engines(asked, opened.path, out, program, tokens)
+    problems += [*certificate.failures(), *wrong]
+    return Verification(tuple(problems), files, certificate, (*notes, *cut), checks)
 
 
 def _find_base(manifest: dict[str, Any], out: Path) -> str:
@@ -108,17 +118,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _measure(
-    compiled: Compiled, out: Path, texts: str | Path | None, settings: Settings
-) -> tuple[Certificate, tuple[str, ...]]:
-    base = compiled.base
-    dtype, notes = certificate_dtype(base, settings)
+def _tokens(
+    base: Base, texts: str | Path | None, dtype: str, settings: Settings
+) -> tuple[Sequence[Tokens], tuple[str, ...]]:
+    """The user's texts, or texts sampled from the base; and notes."""
     tokenizer = load_tokenizer(base.path)
     if texts is not None:
-        tokens, cut = encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
-        notes += cut
-    else:
-        model = load_model(base.path, dtype=dtype, device=settings.device)
-        tokens = sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed)
-        del model
-    return compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device), tuple(notes)
+        return encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
+    model = load_model(base.path, dtype=dtype, device=settings.device)
+    return sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed), ()

