@@ -93,6 +93,18 @@ class Tiny:
             return kind is Scale and site == "ffn"
         return kind is not Shift or ("ffn" if at_ffn else "attn") in self._constants()
 
+    def native(self, kind: type[Edit], layer: int, site: str) -> bool:
+        """Whether an edit has an exact fold into the weights that the model has; from design section 4 too."""
+        if site == "residual":
+            norms = self.architecture in ("gemma2", "gemma3_text", "olmo2") or self.post_norm
+            return kind is Shift and not norms and "ffn" in self._constants() and not self.has_experts(layer)
+        if kind is Rank1 and site not in ("heads", "neurons"):
+            return False
+        at_ffn = site in ("neurons", "ffn")
+        if at_ffn and self.has_experts(layer):
+            return kind is Scale and site == "ffn"
+        return kind is not Shift or ("ffn" if at_ffn else "attn") in self._constants()
+
     def _constants(self) -> tuple[str, ...]:
         """The output projections with a bias."""
         if self.architecture == "gpt2":
@@ -340,6 +352,12 @@ def _every_edit(tiny: Tiny, folder: Path, rng: np.random.Generator) -> Iterator[
                 yield from (Shift(layer, site, 0.3 * rng.normal(size=width)) for _ in range(2))
             if tiny.legal(Rank1, layer, site):
                 yield from (_rank1(layer, site, width, geometry.residual, rng) for _ in range(2))
+
+
+def in_place(tiny: Tiny, folder: Path, seed: int = 0) -> Program:
+    """A random program of edits that fold into the weights that the model has, and so go into every engine."""
+    edits = programs_edits(tiny, folder, seed)
+    return Program.of([edit for edit in edits if tiny.native(type(edit), edit.layer, edit.site)], model=folder)
 
 
 def _rank1(layer: int, site: Any, inputs: int, outputs: int, rng: np.random.Generator) -> Rank1:

@@ -8,18 +8,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from austeer.compiler import Program
+import numpy as np
+
+from austeer.compiler import Edit, Program, Scale, Shift
+from austeer.compiler.facts import read_facts
 from tests.engines.models import on_disk, sized
-from tests.tiny import CONFIGS, Tiny, program
+from tests.tiny import CONFIGS, Tiny, in_place
 
 EXACT = 1e-4
 # The engine's own arithmetic, also on the base: ggml looks GELU up in a table of float16, MLX approximates it.
 GELU = 1e-2
 
 
+def shifts(tiny: Tiny, sites: str) -> Program:
+    """A constant at these sites of the first and the last layer, and scales around it."""
+    folder, rng = on_disk(tiny), np.random.default_rng(0)
+    model = read_facts(folder).geometry
+    widths = {"heads": model.heads, "neurons": model.neurons}
+    edits: list[Edit] = []
+    for layer in (0, model.layers - 1):
+        for site in ("attn", "ffn"):
+            edits.append(Scale(layer, site, rng.permutation(model.residual)[:6].tolist(), rng.normal(size=6)))
+        for site in sites.split():
+            edits.append(Shift(layer, site, 0.3 * rng.normal(size=widths.get(site, model.residual))))
+    return Program.of(edits, model=folder)
+
+
 # What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
 LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
-    "folds": lambda tiny: program(tiny, on_disk(tiny)),  # every edit kind at every site and layer that has a fold
+    # every edit kind at every site and layer where the model has the weights for it
+    "folds": lambda tiny: in_place(tiny, on_disk(tiny)),
+    # constants that need what the model does not have: new biases, another architecture, inserted layers
+    "shifts": lambda tiny: shifts(tiny, "heads attn neurons ffn residual"),
+    "attention-shifts": lambda tiny: shifts(tiny, "heads attn"),
+    "residual-shifts": lambda tiny: shifts(tiny, "residual"),
 }
 
 
@@ -32,13 +54,20 @@ class Cell:
     limit: float = EXACT
     lowering: str = "folds"
     more: dict[str, Any] = field(default_factory=dict, hash=False)
+    portable: bool = False
+
+    @property
+    def target(self) -> str:
+        """The target to compile for; OpenVINO traces the modules of transformers."""
+        own = "transformers" if self.engine == "openvino" else self.engine
+        return "portable" if self.portable else own
 
     @property
     def tiny(self) -> Tiny:
         return sized(self.architecture, **self.more)
 
     def __str__(self) -> str:
-        return f"{self.engine}-{self.architecture}-{self.lowering}"
+        return f"{self.engine}-{self.architecture}-{self.lowering}{'-portable' if self.portable else ''}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,11 @@ def cells(engine: str, names: str, limit: float = EXACT, lowering: str = "folds"
     return [Cell(engine, name, limit, lowering, more) for name in names.split()]
 
 
+def in_portable_form(engine: str) -> list[Cell]:
+    """Re-expressed, with the biases of the attention, and layers inserted for all other constants."""
+    return [Cell(engine, name, lowering="shifts", more=UNBIASED, portable=True) for name in ("llama", "qwen2")]
+
+
 UNBIASED: dict[str, Any] = {"biases": False}  # these loaders know no attention_bias here and refuse the tensors
 ALL = " ".join(CONFIGS)
 
@@ -73,11 +107,34 @@ CELLS: list[Cell] = [
     *cells("mlx-lm", "qwen3 qwen3_moe gemma2 gemma3_text", **UNBIASED),
     *cells("mlx-lm", "gpt_neox", GELU),
     *cells("onnxruntime-genai", "llama mistral qwen2 qwen3 gemma2 phi3"),
+    *cells("openvino", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
+    *cells("openvino", "gemma2 gemma3_text olmo2 qwen3_moe", lowering="residual-shifts", **UNBIASED),
+    *cells("openvino", "gemma2 gemma3_text olmo2 qwen3_moe", lowering="attention-shifts", **UNBIASED),
+    *cells("llama.cpp", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
+    *cells("llama.cpp", "olmo2", lowering="residual-shifts", **UNBIASED),
+    *cells("llama.cpp", "gemma2 gemma3_text", GELU, lowering="residual-shifts", **UNBIASED),
+    *cells("ctranslate2", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
+    *cells("ctranslate2", "gemma3_text", lowering="residual-shifts", **UNBIASED),
+    *cells("ctranslate2", "gemma3_text", lowering="attention-shifts", **UNBIASED),
+    *cells("mlx-lm", "llama mistral qwen2 phi3", lowering="shifts", **UNBIASED),
+    *cells("mlx-lm", "olmo2", lowering="residual-shifts", **UNBIASED),
+    *cells("mlx-lm", "olmo2", lowering="attention-shifts", **UNBIASED),
+    *cells("onnxruntime-genai", "llama mistral qwen2 phi3", lowering="shifts", **UNBIASED),
+    *cells("onnxruntime-genai", "qwen3 gemma2", lowering="attention-shifts", **UNBIASED),
+    *in_portable_form("openvino"),
+    *in_portable_form("llama.cpp"),
+    *in_portable_form("ctranslate2"),
+    *in_portable_form("mlx-lm"),
+    *in_portable_form("onnxruntime-genai"),
 ]
 
 VLLM: list[Cell] = [
     *cells("vllm", "llama mistral qwen2 gemma2 gemma3_text phi3 mixtral gpt2 opt olmo2 gpt_neox"),
     *cells("vllm", "qwen3 qwen3_moe", **UNBIASED),
+    *cells("vllm", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
+    *cells("vllm", "gemma2 gemma3_text olmo2", lowering="residual-shifts", **UNBIASED),
+    *cells("vllm", "gemma2 gemma3_text olmo2", lowering="attention-shifts", **UNBIASED),
+    *in_portable_form("vllm"),
 ]
 
 GAPS: list[Gap] = [

@@ -37,10 +37,10 @@ def engine(name: str) -> Engine:
 
 
 @cache
-def compiled(tiny: Tiny, lowering: str) -> Path:
+def compiled(tiny: Tiny, lowering: str, target: str) -> Path:
     folder = scratch()
     LOWERINGS[lowering](tiny).save(folder / "p.safetensors")
-    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out")
+    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out", target=target)
     return folder / "out"
 
 
@@ -70,7 +70,7 @@ def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.vllm) for cell in VLLM)], ids=str)
 def test_the_compiled_model_says_what_the_interpreter_says_and_the_base_does_not(cell: Cell) -> None:
     asked, (expected, continuations) = engine(cell.engine), reference(cell.tiny, cell.lowering)
-    found = asked.ask(Request(compiled(cell.tiny, cell.lowering), TEXTS, COUNT))
+    found = asked.ask(Request(compiled(cell.tiny, cell.lowering, cell.target), TEXTS, COUNT))
     assert off(found, expected) < cell.limit
     assert found.continuations == continuations
     assert off(asked.ask(Request(on_disk(cell.tiny), TEXTS)), expected) > 100 * cell.limit
