@@ -87,7 +87,7 @@ def _choose(edits: Sequence[Edit], carrier: str, facts: ModelFacts, target: Targ
         allowed = [lowering for lowering in _lowerings(edit, facts, target) if lowering.carrier == carrier]
         if all(lowering.route is None for lowering in allowed) and allowed:
             continue  # goes with any route
-        shared = [lowering for lowering in shared or allowed if lowering in allowed]
+        shared = [lowering for lowering in (allowed if shared is None else shared) if lowering in allowed]
     if shared is None:
         return Lowering(carrier)
     possible = [lowering for lowering in shared if not _hindrance(lowering, edits, facts)]
