@@ -35,9 +35,7 @@ class BuildReport:
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        tensors = [
-            {"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in self.plan.jobs
-        ]
+        tensors = [{"tensor": job.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in self.plan.jobs]
         return {
             "out": self.out,
             "sha256": self.program.sha256,
