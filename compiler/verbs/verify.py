@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
@@ -16,9 +18,11 @@ from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
+from austeer.compiler.rewrite import Segment
+from austeer.compiler.tensors import read_header
 from austeer.compiler.tokens import encode_texts, take_tokens
 from austeer.compiler.verbs.common import Base, Settings, certificate_dtype, open_base, plan_for
-from austeer.targets.shards import Copy, Shard, Zeros
+from austeer.targets.shards import Chunk, Copy, Shard, Zeros
 
 CHUNK = 2**24
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
@@ -113,17 +117,37 @@ def _compare(shard: Shard, out: Path) -> str:
         return f"missing, or not of the {shard.size:,} bytes that it should have"
     with (shard.source or Path(os.devnull)).open("rb") as old, path.open("rb") as new:
         for chunk in shard.chunks():
-            if isinstance(chunk, Copy):
-                old.seek(chunk.start)
-                same = all(old.read(size) == new.read(size) for size in _pieces(chunk.end - chunk.start))
-            elif isinstance(chunk, Zeros):
-                same = all(not any(new.read(size)) for size in _pieces(chunk.count))
-            else:
-                same = new.read(len(chunk.data)) == chunk.data
-            if not same:
-                what = "bytes outside the edited slices differ from the base" if isinstance(chunk, Copy) else "changed"
-                return f"{what}, before byte {new.tell():,}"
+            for expected in _expected(chunk, old):
+                start, found = new.tell(), new.read(len(expected))
+                if found != expected:
+                    name = _tensor_at(path, start + _first_difference(expected, found))
+                    if isinstance(chunk, Segment):
+                        return f"{name} does not hold what the program makes of the base"
+                    return f"{name} differs from the base outside the edited slices"
     return "ok"
+
+
+def _expected(chunk: Chunk, old: BinaryIO) -> Iterator[bytes | memoryview]:
+    """The bytes of a chunk, in pieces that memory can take."""
+    if isinstance(chunk, Copy):
+        old.seek(chunk.start)
+        yield from map(old.read, _pieces(chunk.end - chunk.start))
+    elif isinstance(chunk, Zeros):
+        yield from map(bytes, _pieces(chunk.count))
+    else:
+        yield chunk.data
+
+
+def _first_difference(expected: bytes | memoryview, found: bytes) -> int:
+    different = np.frombuffer(expected, np.uint8)[: len(found)] != np.frombuffer(found, np.uint8)
+    return int(different.argmax()) if different.any() else len(found)
+
+
+def _tensor_at(path: Path, position: int) -> str:
+    """The tensor that has the byte at this position of a file."""
+    tensors, _ = read_header(path)
+    inside = (t.name for t in tensors.values() if t.offset <= position < t.offset + t.nbytes)
+    return next(inside, "the header")
 
 
 def _compare_text(path: Path, text: bytes) -> str:
