@@ -15,7 +15,10 @@ from austeer.compiler.reexpress import carriers, reexpression
 from austeer.compiler.target import Target
 from austeer.passes.lowerings import Lowering, lowerings, unkept, why_not
 
-WAY_OUT = "Use Scale at heads, attn, neurons or ffn, or Rank1; or --form model-code, which carries every edit"
+WAY_OUT = (
+    "Use Scale at heads, attn, neurons or ffn, or Rank1; another --target; "
+    "or --form model-code, which carries every edit"
+)
 
 
 def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:

@@ -73,16 +73,16 @@ class Tiny:
         return self.architecture == "mixtral" or (self.architecture == "qwen3_moe" and layer not in self.dense)
 
     def legal(self, kind: type[Edit], layer: int, site: str) -> bool:
-        """Whether an edit has an exact fold; from the table of design section 4, not from the product."""
-        if site == "residual":
-            norms = self.architecture in ("gemma2", "gemma3_text", "olmo2") or self.post_norm
-            return kind is Shift and not norms and "ffn" in self._constants() and not self.has_experts(layer)
-        if kind is Rank1 and site not in ("heads", "neurons"):
+        """Whether an edit has an exact lowering in transformers; from design section 4, not from the product."""
+        if site == "neurons" and self.has_experts(layer):
             return False
-        at_ffn = site in ("neurons", "ffn")
-        if at_ffn and self.has_experts(layer):
-            return kind is Scale and site == "ffn"
-        return kind is not Shift or ("ffn" if at_ffn else "attn") in self._constants()
+        if kind is Rank1:
+            return site in ("heads", "neurons")
+        if kind is Scale:
+            return site != "residual" or self.post_norm
+        if self.architecture in ("gemma2", "gemma3_text", "olmo2"):
+            return site not in ("neurons", "ffn")  # a norm of what varies stands after it
+        return self.architecture != "mixtral"
 
     def _constants(self) -> tuple[str, ...]:
         """The output projections with a bias."""
