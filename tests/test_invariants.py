@@ -358,7 +358,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     return {**found, "austeer.json": json.dumps(manifest).encode()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "phi3", "gemma2"])
 def test_equal_inputs_give_equal_bytes_elsewhere(architecture: str, tmp_path: Path) -> None:
     tiny = Tiny(architecture, dtype="bfloat16")
     outs = []
