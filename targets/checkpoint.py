@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ from austeer.compiler.patch import Affine, Patch
 from austeer.compiler.rewrite import BLOCK, Matrix, recycle_blocks
 from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file, write_file
 from austeer.compiler.tensors import TensorInfo, nbytes_of, render_header
-from austeer.targets.constants import Constants, constants_of
+from austeer.targets.constants import Constants, Place, constants_of
 from austeer.targets.shards import Copy, Fill, Job, Shard, Zeros
 
 EDITABLE = ("F32", "F16", "BF16")
@@ -92,14 +93,16 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     otherwise, and Refused for stored dtypes that cannot be edited.
     """
     output = OutputLayout(layout, form)
-    weights = [((affine.layer, affine.role), _weight_jobs(affine, output)) for affine in patch.operations]
-    constants = constants_of(patch, output, {place: found[0].matrices[0] for place, found in weights if found})
-    jobs = [job for _, found in weights for job in found if job.nbytes]
+    weights = [(affine, _weight_jobs(affine, output)) for affine in patch.operations]
+    matrices: dict[Place, Matrix] = {(a.layer, a.role): found[0].matrices[0] for a, found in weights if found}
+    constants = constants_of(patch, output, matrices)
+    assert constants.filled.keys() <= output.added.keys(), REPORT
+    jobs = [job for _, found in weights for job in found]
     for tensor, vector in constants.rewritten.items():
         _require_editable(tensor)
         jobs.append(Job(_new_name(tensor, output), tensor, (), vector))
     _require_once(jobs)
-    jobs.sort(key=lambda job: (job.tensor.file.name, job.tensor.offset))
+    jobs = sorted(filter(attrgetter("nbytes"), jobs), key=lambda job: (job.tensor.file.name, job.tensor.offset))
     shards = _shards(output, jobs, [Fill(info, constants.filled.get(name)) for name, info in output.added.items()])
     kept, left_out = files_to_copy(layout.checkpoint)
     texts = _texts(output, shards)

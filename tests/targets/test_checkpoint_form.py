@@ -432,8 +432,15 @@ def layout_of(base: Path) -> Layout:
     return Layout.of(opened, facts_of("m", opened.config))
 
 
-def test_two_operations_on_one_tensor_are_a_defect() -> None:
-    form = Affine.identity(0, "attn_out", 20, 24).scale_output((3,), np.float32([2]))
+@pytest.mark.parametrize(
+    "form",
+    [
+        Affine.identity(0, "attn_out", 20, 24).scale_output((3,), np.float32([2])),
+        Affine.identity(0, "attn_out", 20, 24).shift_output(Vector("residual", np.ones(20, np.float32))),
+    ],
+    ids=["weight", "constant"],
+)
+def test_two_operations_on_one_tensor_are_a_defect(form: Affine) -> None:
     with pytest.raises(
         CheckpointError, match=r"o_proj\.weight: two operations of the patch change it; this is a defect"
     ):
