@@ -92,6 +92,12 @@ def test_scales_and_rank_1_need_no_bias_and_go_anywhere_but_to_the_residual(targ
         ("sglang", "smollm3", "attn", "does not have the architecture smollm3"),
         ("ctranslate2", "gemma2", "heads", "leaves out gemma2's attention softcap"),
         ("llama.cpp", "qwen3_moe", "heads", "differs between heads that share one value head"),
+        (
+            "llama.cpp",
+            "mixtral",
+            "heads",
+            r"transformers has no self_attn\.o_proj\.bias in mixtral, whatever llama\.cpp",
+        ),
         ("portable", "qwen3", "heads", r"MLX-LM 0\.32\.2 does not load a qwen3"),
         ("portable", "olmo2", "heads", "does not have the architecture olmo2"),
     ],
