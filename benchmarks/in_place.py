@@ -12,6 +12,7 @@ from austeer.compiler.patch import Affine
 from austeer.compiler.program import Program
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
+from austeer.targets.tables import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ def compiled_twin(model: "PreTrainedModel", program: Program) -> "PreTrainedMode
     from torch.nn import Parameter
 
     facts, result = live_facts(model), twin(model)
-    for form in fold(legalize(program, facts), facts).operations:
+    for form in fold(program, facts, legalize(program, facts, TARGETS["transformers"])).operations:
         assert not form.adds_bias, "a twin has the shapes of its model"
         module = port(result, facts, form.layer, "attn" if form.role == "attn_out" else "ffn").module
         module.weight = Parameter(_rewritten(module.weight.detach(), form), requires_grad=False)

@@ -30,7 +30,7 @@ class Reexpression:
         """The new config.json: the old one's keys in their order, then what is new."""
         given = {key: value for key, value in config.items() if key not in self.drops}
         absent = {key: value for key, value in self.defaults.items() if key not in given}
-        if "rope_parameters" in given:  # where transformers 5 keeps it
+        if "rope_theta" in (given.get("rope_parameters") or {}):  # where transformers 5 keeps it
             absent.pop("rope_theta", None)
         return {**given, **absent, "model_type": self.abroad, "architectures": [class_name], **self.sets(config)}
 

@@ -28,7 +28,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         program.save(Path(folder) / "program.safetensors")
         report = build(str(MODEL), [Path(folder) / "program.safetensors"], Path(folder) / "compiled")
-        print(f"rewrote {report.plan.nbytes} of {report.plan.output_bytes} bytes")
+        print(f"rewrote {report.compiled.plan.nbytes} of {report.compiled.plan.output_bytes} bytes")
         compiled = AutoModelForCausalLM.from_pretrained(Path(folder) / "compiled").eval()
         with torch.no_grad():
             plain = compiled(**inputs).logits

@@ -15,7 +15,10 @@ from austeer.compiler.reexpress import carriers, reexpression
 from austeer.compiler.target import Target
 from austeer.passes.lowerings import Lowering, lowerings, unkept, why_not
 
-WAY_OUT = "Use Scale at heads, attn, neurons or ffn, or Rank1; or --form model-code, which carries every edit"
+WAY_OUT = (
+    "Use Scale at heads, attn, neurons or ffn, or Rank1; another --target; "
+    "or --form model-code, which carries every edit"
+)
 
 
 def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
@@ -87,7 +90,7 @@ def _choose(edits: Sequence[Edit], carrier: str, facts: ModelFacts, target: Targ
         allowed = [lowering for lowering in _lowerings(edit, facts, target) if lowering.carrier == carrier]
         if all(lowering.route is None for lowering in allowed) and allowed:
             continue  # goes with any route
-        shared = [lowering for lowering in shared or allowed if lowering in allowed]
+        shared = [lowering for lowering in (allowed if shared is None else shared) if lowering in allowed]
     if shared is None:
         return Lowering(carrier)
     possible = [lowering for lowering in shared if not _hindrance(lowering, edits, facts)]

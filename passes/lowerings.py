@@ -15,6 +15,7 @@ WHY: Mapping[Treatment, str] = {
     "refuses": "{target} does not load a {architecture} that has {name}",
     "differs": "{target} honours {name} of {architecture} and transformers does not: it would be two models",
 }
+UNANNOUNCED = "transformers has no {name} in {architecture}, whatever {target} does with it: it would be two models"
 NORMED = "the architecture norms what its projections write, so no bias is a constant shift there"
 SCALED_RESIDUAL = "the residual stream is read through a norm, so no weight of a stock block scales it"
 
@@ -140,5 +141,5 @@ def why_not(kind: type[Edit], site: str, architecture: str, target: Target, *, p
         return NORMED
     at_attention = site in ("heads", "attn")
     linear, treatment = (entry.attn_out, row.attn) if at_attention else (entry.ffn_out, row.ffn)
-    why = WHY.get(treatment, WHY["warns"])
+    why = WHY.get(treatment, UNANNOUNCED)
     return why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)

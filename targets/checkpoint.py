@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,16 +99,16 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     otherwise, and Refused for stored dtypes that cannot be edited.
     """
     output = OutputLayout(layout, form)
-    weights: dict[Place, list[Job]] = {
-        (affine.layer, affine.role): _weight_jobs(affine, layout) for affine in patch.operations
-    }
-    constants = constants_of(patch, output, {place: jobs[0].matrices[0] for place, jobs in weights.items() if jobs})
-    jobs = [job for found in weights.values() for job in found if job.nbytes]
+    weights = [(affine, _weight_jobs(affine, output)) for affine in patch.operations]
+    matrices: dict[Place, Matrix] = {(a.layer, a.role): found[0].matrices[0] for a, found in weights if found}
+    constants = constants_of(patch, output, matrices)
+    assert constants.filled.keys() <= output.added.keys(), REPORT
+    jobs = [job for _, found in weights for job in found]
     for tensor, vector in constants.rewritten.items():
         _require_editable(tensor)
-        jobs.append(Job(tensor, (), vector))
+        jobs.append(Job(_new_name(tensor, output), tensor, (), vector))
     _require_once(jobs)
-    jobs.sort(key=lambda job: (job.tensor.file.name, job.tensor.offset))
+    jobs = sorted(filter(attrgetter("nbytes"), jobs), key=lambda job: (job.tensor.file.name, job.tensor.offset))
     shards = _shards(output, jobs, [Fill(info, constants.filled.get(name)) for name, info in output.added.items()])
     kept, left_out = files_to_copy(layout.checkpoint)
     texts = _texts(output, shards)
@@ -166,10 +168,17 @@ def _write_all(file: Any, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _weight_jobs(affine: Affine, layout: Layout) -> list[Job]:
-    transposed = layout.facts.architecture.transposed and affine.role != "block"
-    tensors = layout.weights(affine.layer, affine.role)
-    return [Job(tensor, _matrices(tensor, affine, transposed=transposed)) for tensor in tensors]
+def _weight_jobs(affine: Affine, output: OutputLayout) -> list[Job]:
+    transposed = output.base.facts.architecture.transposed and affine.role != "block"
+    return [
+        Job(_new_name(tensor, output), tensor, _matrices(tensor, affine, transposed=transposed))
+        for tensor in output.base.weights(affine.layer, affine.role)
+    ]
+
+
+def _new_name(tensor: TensorInfo, output: OutputLayout) -> str:
+    """What a tensor that is edited, and so not split, is called in the output."""
+    return output.moved[tensor.name][0][0]
 
 
 def _matrices(tensor: TensorInfo, form: Affine, *, transposed: bool) -> tuple[Matrix, ...]:
@@ -217,14 +226,20 @@ def _shards(output: OutputLayout, jobs: list[Job], fills: list[Fill]) -> tuple[S
                 tuple(job for job in jobs if job.tensor.file.name == name),
             )
         )
-    return (*made, _new_shard(fills)) if fills else tuple(made)
+    return (*made, _new_shard(_free_name(checkpoint), fills)) if fills else tuple(made)
 
 
-def _new_shard(fills: list[Fill]) -> Shard:
+def _free_name(checkpoint: Checkpoint) -> str:
+    """The new shard's name; a base that was compiled before has one of its own."""
+    names = (NEW_SHARD if number == 1 else f"model-austeer-{number}.safetensors" for number in count(1))
+    return next(name for name in names if name not in checkpoint.shards)
+
+
+def _new_shard(name: str, fills: list[Fill]) -> Shard:
     entries = [(fill.tensor.name, fill.tensor.dtype, fill.tensor.shape) for fill in fills]
     header = render_header(entries, {"format": "pt"})
     size = len(header) + sum(nbytes_of(dtype, shape) for _, dtype, shape in entries)
-    return Shard(NEW_SHARD, None, header, size, fills=tuple(fills))
+    return Shard(name, None, header, size, fills=tuple(fills))
 
 
 def _texts(output: OutputLayout, shards: tuple[Shard, ...]) -> dict[str, bytes]:
@@ -241,13 +256,13 @@ def _index(output: OutputLayout, shards: tuple[Shard, ...]) -> dict[str, Any]:
     checkpoint = output.base.checkpoint
     old: dict[str, Any] = read_json(checkpoint.path / checkpoint.index) if checkpoint.index else {}
     named = {shard.source.name: shard.name for shard in shards if shard.source}
+    added = {fill.tensor.name: shard.name for shard in shards for fill in shard.fills}
     places = {
         new: named[tensor.file.name]
         for tensor in checkpoint.tensors.values()
         if tensor.name not in checkpoint.unindexed
         for new, _ in output.moved[tensor.name]
     }
-    added = dict.fromkeys(output.added, NEW_SHARD)
     size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     size += sum(nbytes_of(info.dtype, info.shape) for info in output.added.values())
     metadata = {**old.get("metadata", {}), "total_size": size}
@@ -270,19 +285,23 @@ def _lowering(patch: Patch, output: OutputLayout, constants: Constants) -> Itera
             continue
         axes = [columns, rows] if layout.facts.architecture.transposed else [rows, columns]
         for tensor in layout.weights(touch.layer, touch.role):
-            name, shape = output.moved[tensor.name][0]
-            whole_axes = [None] * (len(shape) - len(axes))  # the experts of a stack
+            whole_axes = [None] * (len(tensor.shape) - len(axes))  # the experts of a stack
             yield {
                 "edit": touch.edit,
-                "tensor": name,
-                "slice": [rows] if len(shape) == 1 else [*whole_axes, *axes],
+                "tensor": _new_name(tensor, output),
+                "slice": [rows] if len(tensor.shape) == 1 else [*whole_axes, *axes],
                 "exact": True,
             }
     for name in output.added:  # what only has to be there, as zeros: for the first edit that needs any of it
         if name in companions:
             yield {
-                "edit": constants.first_edit(patch),
+                "edit": _first_constant(patch, output.form),
                 "tensor": name,
                 "slice": [None] * len(output.added[name].shape),
                 "exact": True,
             }
+
+
+def _first_constant(patch: Patch, form: ModelForm) -> int:
+    """The first edit whose constant, be it zero, has a route: what routes need is there for its sake."""
+    return min(t.edit for t in patch.touches if t.part == "bias" and (t.layer, t.role) in form.routes)

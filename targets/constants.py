@@ -16,6 +16,11 @@ from austeer.compiler.tensors import TensorInfo
 
 Values: TypeAlias = Callable[[], Floats]
 Place: TypeAlias = tuple[int, Role]
+Slice: TypeAlias = tuple[Any, ...]
+
+ROWS = "rows"
+"""In the slice of a tensor that holds a constant: the units of the constant itself, whichever they are."""
+ALL_ROWS, COLUMN, FIRST = (ROWS,), (ROWS, [0]), ([0],)
 
 
 @dataclass
@@ -24,16 +29,12 @@ class Constants:
 
     rewritten: dict[TensorInfo, Values] = field(default_factory=dict[TensorInfo, Values])
     filled: dict[str, Values] = field(default_factory=dict[str, Values])
-    held: dict[Place, list[tuple[str, bool]]] = field(default_factory=dict[Place, list[tuple[str, bool]]])
+    held: dict[Place, list[tuple[str, Slice]]] = field(default_factory=dict[Place, list[tuple[str, Slice]]])
 
     def places(self, layer: int, role: Role, rows: list[int] | None) -> Iterator[tuple[str, list[Any]]]:
         """The tensors that hold the constant of a projection, and the slice of each that `rows` are."""
-        for name, is_column in self.held.get((layer, role), []):
-            yield name, [rows, [0]] if is_column else [rows]
-
-    def first_edit(self, patch: Patch) -> int:
-        """The first edit of the program that has a constant."""
-        return min(touch.edit for touch in patch.touches if (touch.layer, touch.role) in self.held)
+        for name, axes in self.held.get((layer, role), []):
+            yield name, [rows if axis == ROWS else axis for axis in axes]
 
 
 def constants_of(patch: Patch, output: OutputLayout, matrices: Mapping[Place, Matrix]) -> Constants:
@@ -60,7 +61,7 @@ def _into_bias(made: Constants, output: OutputLayout, affine: Affine, matrix: Ma
     bias = output.base.bias(*place)
     if bias is not None and affine.changes_bias:
         made.rewritten[bias] = _constant(affine, matrix, bias)
-        made.held.setdefault(place, []).append((output.moved[bias.name][0][0], False))
+        made.held.setdefault(place, []).append((output.moved[bias.name][0][0], ALL_ROWS))
     elif bias is None and affine.adds_bias:
         linear = output.form.architecture.attn_out if affine.role == "attn_out" else output.form.architecture.ffn_out
         slot = output.slot_of(affine.layer, attention=affine.role == "attn_out")
@@ -78,11 +79,11 @@ def _into_values(made: Constants, output: OutputLayout, layer: int, shift: Float
     slot = output.slot_of(layer, attention=True)
     name = output.linear_name(slot, _values(output)) + ".bias"
     if name in output.added:
-        _fill(made, (layer, "attn_out"), name, lambda: values)
+        _fill(made, (layer, "attn_out"), name, lambda: values, (None,))
         return
     bias = next(t for t in output.base.checkpoint.tensors.values() if output.moved[t.name][0][0] == name)
     made.rewritten[bias] = lambda: stored_vector(bias) + values
-    made.held.setdefault((layer, "attn_out"), []).append((name, False))
+    made.held.setdefault((layer, "attn_out"), []).append((name, (None,)))
 
 
 def _into_layer(made: Constants, output: OutputLayout, place: Place, values: Values) -> None:
@@ -92,15 +93,16 @@ def _into_layer(made: Constants, output: OutputLayout, place: Place, values: Val
     """
     number = next(index for index, slot in enumerate(output.slots) if slot.constant == place)
     entry = output.form.architecture
-    _fill(made, place, output.linear_name(number, _values(output)) + ".bias", lambda: _first_unit(output.base.facts.kv))
+    bias = output.linear_name(number, _values(output)) + ".bias"
+    _fill(made, place, bias, lambda: _first_unit(output.base.facts.kv), FIRST)
     name = output.linear_name(number, entry.attn_out) + ".weight"
     norm = entry.attn_norm
     if norm is None:
-        _fill(made, place, name, values, is_column=True)
+        _fill(made, place, name, values, COLUMN)
         return
     eps = float(output.config.get("rms_norm_eps", norm.eps))
     split = _through_unit_norm if norm.plus_one else _through_norm
-    _fill(made, place, name, lambda: split(values(), eps)[0], is_column=True)
+    _fill(made, place, name, lambda: split(values(), eps)[0], COLUMN)
     weight = output.norm_name(number, norm.name)
     _fill(made, place, weight, lambda: split(values(), eps)[1])
 
@@ -123,9 +125,9 @@ def _through_unit_norm(r: Floats, eps: float) -> tuple[Floats, Floats]:
     return x.astype(np.float32), np.full_like(r, 2.0**power - 1)
 
 
-def _fill(made: Constants, place: Place, name: str, values: Values, *, is_column: bool = False) -> None:
+def _fill(made: Constants, place: Place, name: str, values: Values, axes: Slice = ALL_ROWS) -> None:
     made.filled[name] = values
-    made.held.setdefault(place, []).append((name, is_column))
+    made.held.setdefault(place, []).append((name, axes))
 
 
 def _values(output: OutputLayout) -> Linear:

@@ -107,10 +107,10 @@ def plan(patch: Patch, model: GgufModel) -> GgufPatchPlan:
             _require_editable(weight)
         matrices = _matrices(weight, form)
         if changes:
-            jobs.append(Job(weight, matrices))
+            jobs.append(Job(weight.name, weight, matrices))
         if bias is not None and form.changes_bias:
             _require_editable(bias)
-            jobs.append(Job(bias, (), _bias(matrices[0], bias)))
+            jobs.append(Job(bias.name, bias, (), _bias(matrices[0], bias)))
         elif form.adds_bias:
             added.append(AddedBias(tensor_name(form.layer, form.role, "bias"), matrices[0]))
     jobs.sort(key=lambda job: job.tensor.offset)

@@ -32,8 +32,12 @@ Chunk: TypeAlias = "Copy | Zeros | Segment"
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that happens to one tensor of the base: its matrices are rewritten, or all its values are new."""
+    """Everything that happens to one tensor of the base: its matrices are rewritten, or all its values are new.
 
+    `name` is what it is called in the output.
+    """
+
+    name: str
     tensor: TensorInfo
     matrices: tuple[Matrix, ...]
     vector: Callable[[], Floats] | None = None
@@ -115,7 +119,7 @@ class Shard:
         for job in self.jobs:
             for segment in job.segments():
                 yield Copy(position, segment.offset)
-                measure(job.tensor.name, segment.rounding)
+                measure(job.name, segment.rounding)
                 yield segment
                 position = segment.offset + len(segment.data)
         yield Copy(position, self.source.stat().st_size)

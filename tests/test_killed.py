@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from austeer.compiler import Program, Scale
+from austeer.compiler import Program, Scale, Shift
 from tests.tiny import Tiny
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="killing after each call needs fork")
 def test_killed_after_each_file_system_call(tmp_path: Path):
     base, place = tmp_path / "base", tmp_path / "place"
-    Tiny("llama", layers=1).save(base)
+    Tiny("llama", layers=1, biases=False).save(base)
     place.mkdir()
-    Program.of([Scale(0, "ffn", (1, 3), (0.5, -0.5))], model=base).save(tmp_path / "program.safetensors")
+    edits = [Scale(0, "ffn", (1, 3), (0.5, -0.5)), Shift(0, "attn", [0.1] * 20)]  # the shift adds a file of its own
+    Program.of(edits, model=base).save(tmp_path / "program.safetensors")
     command = [sys.executable, "tests/killing.py", base, tmp_path / "program.safetensors", place]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ inspect(sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma2"])
 def test_a_build_loads_neither_torch_nor_transformers(architecture: str, tmp_path: Path) -> None:
     tiny = Tiny(architecture, dtype="bfloat16")
     program(tiny).save(tmp_path / "p.safetensors")

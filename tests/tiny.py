@@ -20,8 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from austeer.compiler import Edit, Program, Rank1, Scale, Shift
+from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.facts import read_facts
 from austeer.compiler.layout import Layout
+from austeer.compiler.live import load_model
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
 from austeer.targets import checkpoint
@@ -82,16 +84,16 @@ class Tiny:
         return self.architecture == "mixtral" or (self.architecture == "qwen3_moe" and layer not in self.dense)
 
     def legal(self, kind: type[Edit], layer: int, site: str) -> bool:
-        """Whether an edit has an exact fold; from the table of design section 4, not from the product."""
-        if site == "residual":
-            norms = self.architecture in ("gemma2", "gemma3_text", "olmo2") or self.post_norm
-            return kind is Shift and not norms and "ffn" in self._constants() and not self.has_experts(layer)
-        if kind is Rank1 and site not in ("heads", "neurons"):
+        """Whether an edit has an exact lowering in transformers; from design section 4, not from the product."""
+        if site == "neurons" and self.has_experts(layer):
             return False
-        at_ffn = site in ("neurons", "ffn")
-        if at_ffn and self.has_experts(layer):
-            return kind is Scale and site == "ffn"
-        return kind is not Shift or ("ffn" if at_ffn else "attn") in self._constants()
+        if kind is Rank1:
+            return site in ("heads", "neurons")
+        if kind is Scale:
+            return site != "residual" or self.post_norm
+        if self.architecture in ("gemma2", "gemma3_text", "olmo2"):
+            return site not in ("neurons", "ffn")  # a norm of what varies stands after it
+        return self.architecture != "mixtral"
 
     def native(self, kind: type[Edit], layer: int, site: str) -> bool:
         """Whether an edit has an exact fold into the weights that the model has; from design section 4 too."""
@@ -369,6 +371,15 @@ def planned_checkpoint(program: Program, layout: Layout, target: str = "llama.cp
     """What the form `checkpoint` would write for a target."""
     form = legalize(program, layout.facts, TARGETS[target])
     return checkpoint.plan(fold(program, layout.facts, form), layout, form)
+
+
+def certified(base: Path, out: Path, program: Program, texts: Sequence[Sequence[int]]) -> Certificate:
+    """The certificate of a checkpoint in float32 on the CPU."""
+
+    def load_compiled() -> Any:
+        return load_model(out, dtype="float32", device="cpu")
+
+    return certify(base, program, [tuple(text) for text in texts], load_compiled, dtype="float32", device="cpu")
 
 
 def stored(path: Path) -> dict[str, Any]:

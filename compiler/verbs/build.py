@@ -52,7 +52,7 @@ class BuildReport:
         plan = self.compiled.plan
         if not isinstance(plan, Plan):
             return {"bytes_to_copy": plan.output_bytes}
-        tensors = [{"tensor": job.tensor.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in plan.jobs]
+        tensors = [{"tensor": job.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in plan.jobs]
         new = [{"tensor": fill.tensor.name, "file": NEW_SHARD, "bytes": fill.nbytes} for fill in plan.fills]
         return {
             "tensors": [*tensors, *new],

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+import numpy as np
 
 from austeer.compiler.errors import UsageError
 from austeer.compiler.form import ModelForm
@@ -14,7 +16,9 @@ from austeer.compiler.layout import Layout
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
+from austeer.compiler.rewrite import Segment
 from austeer.compiler.target import Target
+from austeer.compiler.tensors import read_header
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
 from austeer.targets import checkpoint, gguf, gguf_patch, lora, model_code
@@ -23,7 +27,7 @@ from austeer.targets.gguf import GgufPlan
 from austeer.targets.gguf_patch import GgufPatchPlan
 from austeer.targets.lora import LoraPlan
 from austeer.targets.model_code import CodePlan
-from austeer.targets.shards import Copy, Shard, Zeros
+from austeer.targets.shards import Chunk, Copy, Shard, Zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,21 +95,43 @@ def _compare_checkpoint(plan: Plan, out: Path) -> dict[str, str]:
 
 
 def _compare_shard(shard: Shard, out: Path) -> str:
+    """Whether a file is, byte for byte, what compiling the base would give now."""
     path = out / shard.name
     if not path.is_file() or path.stat().st_size != shard.size:
         return f"missing, or not of the {shard.size:,} bytes that it should have"
     with (shard.source or Path(os.devnull)).open("rb") as old, path.open("rb") as new:
         for chunk in shard.chunks():
-            if isinstance(chunk, Copy):
-                old.seek(chunk.start)
-                if not all(old.read(size) == new.read(size) for size in _pieces(chunk.end - chunk.start)):
-                    return f"bytes outside the edited slices differ from the base, before byte {new.tell():,}"
-            elif isinstance(chunk, Zeros):
-                if any(any(new.read(size)) for size in _pieces(chunk.count)):
-                    return f"a new tensor is not zero where it should be, before byte {new.tell():,}"
-            elif new.read(len(chunk.data)) != chunk.data:
-                return f"it does not hold what the program makes of the base, before byte {new.tell():,}"
+            for expected in _expected(chunk, old):
+                start, found = new.tell(), new.read(len(expected))
+                if found != expected:
+                    name = _tensor_at(path, start + _first_difference(expected, found))
+                    if isinstance(chunk, Segment):
+                        return f"{name} does not hold what the program makes of the base"
+                    return f"{name} differs from the base outside the edited slices"
     return "ok"
+
+
+def _expected(chunk: Chunk, old: BinaryIO) -> Iterator[bytes | memoryview]:
+    """The bytes of a chunk, in pieces that memory can take."""
+    if isinstance(chunk, Copy):
+        old.seek(chunk.start)
+        yield from map(old.read, _pieces(chunk.end - chunk.start))
+    elif isinstance(chunk, Zeros):
+        yield from map(bytes, _pieces(chunk.count))
+    else:
+        yield chunk.data
+
+
+def _first_difference(expected: bytes | memoryview, found: bytes) -> int:
+    different = np.frombuffer(expected, np.uint8)[: len(found)] != np.frombuffer(found, np.uint8)
+    return int(different.argmax()) if different.any() else len(found)
+
+
+def _tensor_at(path: Path, position: int) -> str:
+    """The tensor that has the byte at this position of a file."""
+    tensors, _ = read_header(path)
+    inside = (t.name for t in tensors.values() if t.offset <= position < t.offset + t.nbytes)
+    return next(inside, "the header")
 
 
 def _compare_text(path: Path, text: bytes) -> str:

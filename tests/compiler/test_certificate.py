@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from austeer.compiler import CheckFailed, Program, Scale, UsageError, certificate
-from austeer.compiler.certificate import Certificate, Comparison, certify, stored_dtype
+from austeer.compiler.certificate import Certificate, Comparison, stored_dtype
 from austeer.compiler.verbs import common
 from austeer.compiler.verbs.build import build
-from tests.tiny import Tiny, on_disk, program, scratch, tokens
+from tests.tiny import Tiny, certified, on_disk, program, scratch, tokens
 
 CERTIFICATE = Certificate(
     reference="the base model with hooks",
@@ -116,7 +116,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(out: Path, made: Program, base: Path | None = None) -> Certificate:
-    return certify(base or on_disk(TINY), out, made, TEXTS, dtype="float32", device="cpu")
+    return certified(base or on_disk(TINY), out, made, TEXTS)
 
 
 def test_the_right_checkpoint_passes() -> None:
@@ -194,7 +194,7 @@ def test_zeros_are_counted() -> None:
 
 def test_texts_are_needed() -> None:
     with pytest.raises(UsageError, match="nothing to measure on"):
-        certify(on_disk(TINY), on_disk(TINY), program(TINY), [], dtype="float32", device="cpu")
+        certified(on_disk(TINY), on_disk(TINY), program(TINY), [])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -206,12 +206,12 @@ def test_a_build_whose_certificate_fails_leaves_nothing() -> None:
     folder = scratch()
     made = program(TINY)
     base = common.open_base(str(on_disk(TINY)))
-    plan = common.plan_for(made, base)
+    compiled = common.Compiled.of(made, base)
 
     def fails(written: Path) -> Certificate:
         assert (written / "model.safetensors").exists()
         return replace(CERTIFICATE, top1_agreement=0.5)
 
     with pytest.raises(CheckFailed, match="not written, for its certificate does not hold: top-1 agreement is 50"):
-        common.write_compiled(plan, base, made, folder / "out", certify=fails)
+        common.write_compiled(compiled, folder / "out", certify=fails)
     assert list(folder.iterdir()) == []

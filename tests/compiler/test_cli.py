@@ -287,10 +287,12 @@ def test_a_program_for_another_model(model: Path, tmp_path: Path):
 
 def test_a_shift_without_a_bias_is_refused(tmp_path: Path):
     base = tmp_path / "model"
-    Tiny("qwen2", layers=1).save(base)
+    Tiny("mixtral", layers=1).save(base)
     Program.of([Shift(0, "ffn", [1.0] * 20)], model=base).save(tmp_path / "shift.safetensors")
     output = refused(tmp_path, "build", base, tmp_path / "shift.safetensors", "-o", tmp_path / "out")
-    assert "needs the bias of mlp.down_proj" in output
+    assert "shift at layer 0, site ffn" in output
+    assert "no mlp.down_proj.bias in mixtral" in output
+    assert "Use Scale at heads" in output  # the way out
 
 
 def test_a_damaged_program(model: Path, program: Path, tmp_path: Path):

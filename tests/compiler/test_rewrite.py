@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from austeer.compiler import CheckpointError, rewrite
 from austeer.compiler.patch import Affine, Vector
-from austeer.compiler.rewrite import Matrix, product, rewritten_bias, tree_sum
-from austeer.compiler.tensors import read_header
+from austeer.compiler.rewrite import Matrix, Segment, constant, product, tree_sum, whole
+from austeer.compiler.tensors import TensorInfo, read_header
 from tests.tiny import scratch
 
 OUT, IN = 5, 7
@@ -71,6 +71,10 @@ def patched(matrix: Matrix) -> torch.Tensor:
     return stored.T if matrix.transposed else stored
 
 
+def rewritten_bias(bias: TensorInfo, matrix: Matrix) -> Segment:
+    return whole(bias, constant(matrix, bias))
+
+
 def expected_weight(weight: torch.Tensor, form: Affine) -> Any:
     """W' = (a⊙W + U Vᵀ)⊙s in float64."""
     wide = weight.double().numpy() * form.a.astype(np.float64)[:, None]
@@ -121,15 +125,15 @@ def test_the_size_of_blocks_shows_in_no_byte(
     rng = np.random.default_rng(3)
     weight, form = torch.tensor(floats(rng, 13, 11)), form_of(rng, *parts, out=13, inputs=11)
     matrix, bias = matrix_of(weight, form, transposed=transposed)
-    whole, segments, constant = patched(matrix), len(list(matrix.segments())), rewritten_bias(bias, matrix)
+    before, segments, old = patched(matrix), len(list(matrix.segments())), rewritten_bias(bias, matrix)
     monkeypatch.setattr(rewrite, "BLOCK", block)
     assert parts != "star" or len(list(matrix.segments())) > segments
-    assert torch.equal(patched(matrix), whole)
+    assert torch.equal(patched(matrix), before)
     if transposed:  # sums of blocks are added up: the block is a constant of the product, not of the machine
         now = np.frombuffer(rewritten_bias(bias, matrix).data, np.float32)
-        assert np.allclose(now, np.frombuffer(constant.data, np.float32), rtol=1e-6, atol=1e-7)
+        assert np.allclose(now, np.frombuffer(old.data, np.float32), rtol=1e-6, atol=1e-7)
     else:
-        assert rewritten_bias(bias, matrix).data == constant.data
+        assert rewritten_bias(bias, matrix).data == old.data
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -192,6 +196,14 @@ def test_a_bias_that_is_not_finite_names_its_tensor(where: str) -> None:
     matrix, bias = matrix_of(torch.ones(OUT, IN), form, bias=torch.full((OUT,), 3e38))
     with pytest.raises(CheckpointError, match="b: the edited values do not fit F32"):
         rewritten_bias(bias, matrix)
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS)
+def test_a_constant_without_a_bias_is_that_of_a_bias_of_zeros(parts: str) -> None:
+    rng = np.random.default_rng(11)
+    weight, form = torch.tensor(floats(rng, OUT, IN)), form_of(rng, *parts)
+    matrix, _ = matrix_of(weight, form)
+    assert np.allclose(constant(matrix, None), expected_bias(weight, torch.zeros(OUT), form), rtol=1e-6, atol=1e-6)
 
 
 def test_nan_in_rows_that_stay_is_not_our_affair() -> None:

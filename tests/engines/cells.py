@@ -28,9 +28,9 @@ def shifts(tiny: Tiny, sites: str) -> Program:
     edits: list[Edit] = []
     for layer in (0, model.layers - 1):
         for site in ("attn", "ffn"):
-            edits.append(Scale(layer, site, rng.permutation(model.residual)[:6].tolist(), rng.normal(size=6)))
+            edits += [Scale(layer, site, rng.permutation(model.residual)[:6].tolist(), rng.normal(size=6))]
         for site in sites.split():
-            edits.append(Shift(layer, site, 0.3 * rng.normal(size=widths.get(site, model.residual))))
+            edits += [Shift(layer, site, 0.3 * rng.normal(size=widths.get(site, model.residual)))]
     return Program.of(edits, model=folder)
 
 

@@ -9,6 +9,8 @@ from austeer.compiler import Edit, Program, Rank1, Scale, Shift
 from austeer.compiler.facts import read_facts
 from austeer.compiler.patch import Patch, role_of
 from austeer.passes.fold import fold
+from austeer.passes.legalize import legalize
+from austeer.targets.tables import TARGETS
 from tests.tiny import Tiny, on_disk
 
 LLAMA, NONE, MOE = Tiny("llama"), Tiny("llama", biases=False), Tiny("qwen3_moe")
@@ -16,7 +18,8 @@ LLAMA, NONE, MOE = Tiny("llama"), Tiny("llama", biases=False), Tiny("qwen3_moe")
 
 def folded(*edits: Edit, tiny: Tiny = LLAMA) -> Patch:
     facts = read_facts(on_disk(tiny))
-    return fold(Program(facts.geometry, edits), facts)
+    program = Program(facts.geometry, edits)
+    return fold(program, facts, legalize(program, facts, TARGETS["transformers"]))
 
 
 def ones(width: int) -> Any:
@@ -28,7 +31,13 @@ def ones(width: int) -> Any:
     [("heads", "attn_out"), ("attn", "attn_out"), ("neurons", "ffn_out"), ("ffn", "ffn_out"), ("residual", "ffn_out")],
 )
 def test_every_site_has_its_projection(site: Any, role: str) -> None:
-    assert role_of(Shift(0, site, [1.0])) == role
+    assert role_of(Shift(0, site, [1.0]), post_norm=False) == role
+
+
+@pytest.mark.parametrize("kind", [Scale(0, "residual", [0], 1), Shift(0, "residual", [1.0])])
+def test_behind_a_norm_the_block_s_own_output_is_what_comes_last(kind: Edit) -> None:
+    assert role_of(kind, post_norm=True) == "block"
+    assert role_of(Shift(0, "ffn", [1.0]), post_norm=True) == "ffn_out"
 
 
 def test_nothing_gives_nothing() -> None:
@@ -120,3 +129,21 @@ def test_experts_are_edited_at_their_output_in_their_own_width() -> None:
     assert (len(form.a), len(form.s)) == (20, 16)
     (form,) = folded(Scale(1, "ffn", [1], 1), tiny=MOE).operations
     assert (len(form.a), len(form.s)) == (20, 28)
+
+
+def alike(heads: int) -> Any:
+    """A shift of the heads of qwen2 that is the same for the heads of a group: [kv heads, group, head_dim]."""
+    values = np.random.default_rng(0).normal(size=(2, 1, 6))
+    return np.broadcast_to(values, (2, heads // 2, 6)).reshape(-1).astype(np.float32)
+
+
+def test_what_v_proj_takes_is_in_no_form_and_adds_up() -> None:
+    shifts = [Shift(0, "heads", alike(4)), Shift(0, "heads", 2 * alike(4)), Scale(0, "heads", [1], 1)]
+    patch = folded(*shifts, tiny=Tiny("qwen2"))
+    assert not any(form.t.any() for form in patch.operations)
+    assert np.allclose(patch.values[0].within("heads"), 3 * alike(4))
+    assert [(t.edit, t.part, t.rows) for t in patch.touches] == [
+        (0, "bias", None),
+        (1, "bias", None),
+        (2, "weight", None),
+    ]

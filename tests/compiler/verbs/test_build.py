@@ -63,7 +63,7 @@ def test_a_program_without_effect_fails_its_certificate_and_leaves_nothing(tmp_p
 def test_factors_of_several_programs_multiply_with_a_note(tmp_path: Path):
     sources = [program(tmp_path / name, Scale(0, "ffn", (1,), gamma)) for name, gamma in (("a", 1.0), ("b", 0.5))]
     report = build(str(MODEL), sources, tmp_path / "out")
-    assert report.program.edits == (Scale(0, "ffn", (1,), 2.0),)
+    assert report.compiled.program.edits == (Scale(0, "ffn", (1,), 2.0),)
     assert any("multiply" in note for note in report.notes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from austeer.compiler import CheckpointError, Program, Rank1, Scale, UsageError
+from austeer.compiler import CheckpointError, Program, Rank1, Scale, Shift, UsageError
 from austeer.compiler.manifest import MANIFEST, PROGRAM
 from austeer.compiler.tensors import read_header
 from austeer.compiler.verbs.build import build
@@ -97,6 +97,41 @@ def test_another_base(copy: Path, texts: Path, tmp_path: Path):
     path.write_bytes(data[:8] + data[8 : 8 + length].replace(b'"pt"', b'"np"') + data[8 + length :])
     found = verify(copy, base=str(base), texts=texts, settings=CPU)
     assert any("not the file that was compiled" in problem for problem in found.problems)
+
+
+@pytest.fixture(scope="module", params=["transformers", "sglang"])
+def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With new biases, or with an inserted layer."""
+    folder = tmp_path_factory.mktemp("grown")
+    rng = np.random.default_rng(0)
+    edits = (Scale(1, "ffn", (3, 40), (1.0, -1.0)), Shift(1, "ffn", rng.normal(size=96)))
+    Program.of(edits, model=MODEL).save(folder / "program")
+    build(str(MODEL), [folder / "program"], folder / "out", target=request.param)
+    return folder / "out"
+
+
+FILES = ("config.json", "model.safetensors.index.json", "model-base.safetensors", "model-austeer.safetensors")
+
+
+def test_a_checkpoint_with_new_tensors_passes(grown: Path, texts: Path):
+    found = check(grown, texts)
+    assert found.passed, found.problems
+    assert found.files == dict.fromkeys(FILES, "ok")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_change_in_each_of_its_files(grown: Path, texts: Path, name: str, tmp_path: Path):
+    out = Path(shutil.copytree(grown, tmp_path / "out"))
+    data = bytearray((out / name).read_bytes())
+    if name.endswith(".json"):
+        data += b" "
+    else:
+        data[-1] ^= 1
+    (out / name).write_bytes(data)
+    problems = [problem for problem in check(out, texts).problems if problem.startswith(f"{name}: ")]
+    assert problems
+    if not name.endswith(".json"):
+        assert "model." in problems[0]  # the tensor is named
 
 
 def test_a_missing_or_foreign_manifest(copy: Path, texts: Path):

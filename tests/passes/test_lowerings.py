@@ -1,0 +1,145 @@
+"""Every cell of the target tables: the way an edit takes, or the refusal with its reason and its way out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from austeer.compiler import Program, Rank1, Refused, Scale, Shift, interpret
+from austeer.compiler.form import ModelForm
+from austeer.compiler.live import load_model
+from austeer.compiler.sites import SiteName
+from austeer.compiler.verbs.build import build
+from austeer.passes.legalize import WAY_OUT, legalize
+from austeer.passes.lowerings import lowerings
+from austeer.targets.tables import TARGETS
+from tests.passes.cells import ABSENT, CELLS, PERIODS, REFUSE_O_PROJ, ROUTES, cells, facts, plain_model, shift
+from tests.tiny import load, logits, on_disk, tokens
+
+SCALED: tuple[SiteName, ...] = ("heads", "attn", "neurons", "ffn")
+
+
+def legalized(target: str, architecture: str, edit: Any) -> ModelForm:
+    model = facts(plain_model(architecture))
+    return legalize(Program(model.geometry, (edit,)), model, TARGETS[target])
+
+
+def place(form: ModelForm) -> tuple[str, str, bool, int]:
+    ((_, route),) = form.routes.items()
+    return form.architecture.model_type, route, form.out_bias, form.period
+
+
+def expected(target: str, architecture: str, letter: str) -> tuple[str, str, bool, int]:
+    carrier = "llama" if letter in "Lc" else architecture
+    inserts = letter in "SCc"
+    out_bias = letter in "BL" or (target, carrier) not in REFUSE_O_PROJ
+    return carrier, ROUTES[letter], out_bias, PERIODS.get((target, architecture), 1) if inserts else 1
+
+
+def test_the_table_of_the_tests_is_whole() -> None:
+    assert list(CELLS) == list(ABSENT) == list(TARGETS)
+    assert {letter for *_, letter in cells()} == {*ROUTES, "-"}
+
+
+@pytest.mark.parametrize(("target", "architecture", "site", "letter"), list(cells()))
+def test_shifts(target: str, architecture: str, site: str, letter: str) -> None:
+    tiny = plain_model(architecture)
+    edit = shift(tiny, site)
+    if letter in "-V":
+        with pytest.raises(Refused) as raised:
+            legalized(target, architecture, edit)
+        first, *reasons, way_out = str(raised.value).splitlines()
+        assert first == f"{TARGETS[target]} cannot carry this program in tiny ({architecture}):"
+        where = "" if architecture in ABSENT[target].split() else f"shift at layer 0, site {site}: "
+        assert any(reason.startswith(f"  {where}") for reason in reasons)
+        assert way_out == WAY_OUT
+    else:
+        assert place(legalized(target, architecture, edit)) == expected(target, architecture, letter)
+    if letter == "V":
+        alike = shift(tiny, site, alike=True)
+        assert place(legalized(target, architecture, alike)) == expected(target, architecture, letter)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "mistral"])
+def test_scales_and_rank_1_need_no_bias_and_go_anywhere_but_to_the_residual(target: str, architecture: str) -> None:
+    model = facts(plain_model(architecture)).geometry
+    edits: list[Any] = [Scale(0, site, [1], 0.5) for site in SCALED]
+    edits += [Rank1(0, "heads", [1.0] * model.heads, [1.0] * model.residual, 1)]
+    edits += [Rank1(0, "neurons", [1.0] * model.neurons, [1.0] * model.residual, 1)]
+    if architecture == "gemma2" and target in ("ctranslate2", "portable"):
+        with pytest.raises(Refused, match="softcap, so even the base differs"):
+            legalized(target, architecture, edits[0])
+        return
+    for edit in edits:
+        form = legalized(target, architecture, edit)
+        assert (form.architecture.model_type, form.routes, form.inserted) == (architecture, {}, 0)
+    with pytest.raises(Refused, match="the residual stream is read through a norm"):
+        legalized(target, architecture, Scale(0, "residual", [1], 0.5))
+
+
+@pytest.mark.parametrize(
+    ("target", "architecture", "site", "reason"),
+    [
+        ("vllm", "qwen3_moe", "attn", r"vLLM 0\.33\.0 drops self_attn\.o_proj\.bias of qwen3_moe in silence"),
+        ("tgi", "gemma2", "attn", r"drops self_attn\.o_proj\.bias of gemma2 in silence"),
+        ("sglang", "qwen3_moe", "ffn", r"drops mlp\.down_proj\.bias of qwen3_moe in silence"),
+        ("llama.cpp", "gemma2", "attn", r"does not load a gemma2 that has self_attn\.o_proj\.bias"),
+        ("mlx-lm", "qwen3", "residual", r"does not load a qwen3 that has mlp\.down_proj\.bias"),
+        ("transformers", "mixtral", "heads", r"has no self_attn\.o_proj\.bias in mixtral and leaves the tensor out"),
+        ("transformers", "gemma2", "ffn", "norms what its projections write, so no bias is a constant shift there"),
+        ("sglang", "smollm3", "attn", "does not have the architecture smollm3"),
+        ("ctranslate2", "gemma2", "heads", "leaves out gemma2's attention softcap"),
+        ("llama.cpp", "qwen3_moe", "heads", "differs between heads that share one value head"),
+        (
+            "llama.cpp",
+            "mixtral",
+            "heads",
+            r"transformers has no self_attn\.o_proj\.bias in mixtral, whatever llama\.cpp",
+        ),
+        ("portable", "qwen3", "heads", r"MLX-LM 0\.32\.2 does not load a qwen3"),
+        ("portable", "olmo2", "heads", "does not have the architecture olmo2"),
+    ],
+)
+def test_reasons(target: str, architecture: str, site: str, reason: str) -> None:
+    where = "" if architecture in ABSENT[target].split() else f"site {site}: .*"
+    with pytest.raises(Refused, match=where + reason):
+        legalized(target, architecture, shift(plain_model(architecture), site))
+
+
+def test_what_all_keep_but_in_different_forms_is_said_engine_by_engine() -> None:
+    # SGLang keeps qwen2's constant layer with o_proj.bias in the set, llama.cpp without; as llama both are one.
+    found = lowerings(Shift, "residual", "qwen2", TARGETS["portable"], post_norm=False)
+    assert isinstance(found, list)
+    assert {lowering.carrier for lowering in found} == {"llama"}
+
+
+# ---- and what is built does what the interpreter says ---------------------------------------------
+
+
+def distinct() -> Iterator[Any]:
+    """One cell for every form that any engine asks for, and none that only repeats another."""
+    seen: set[Any] = set()
+    for target, architecture, site, letter in cells():
+        if letter == "-":
+            continue
+        key = (architecture, site, *expected(target, architecture, letter))
+        if key not in seen:
+            seen.add(key)
+            yield pytest.param(target, architecture, site, letter, id=f"{target}-{architecture}-{site}")
+
+
+@pytest.mark.parametrize(("target", "architecture", "site", "letter"), list(distinct()))
+def test_what_is_built(target: str, architecture: str, site: str, letter: str, tmp_path: Path) -> None:
+    tiny = plain_model(architecture)
+    program = Program.of([shift(tiny, site, 1, alike=letter == "V")], model=on_disk(tiny))
+    program.save(tmp_path / "p")
+    report = build(str(on_disk(tiny)), [tmp_path / "p"], tmp_path / "out", target=target)
+    base, ids = load(on_disk(tiny)), tokens()
+    with interpret(base, program):
+        wanted = logits(base, ids)
+    made = load_model(tmp_path / "out", dtype="float32", device="cpu", may_miss=report.plan.may_miss)
+    assert made.config.model_type == expected(target, architecture, letter)[0]
+    assert (logits(made, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (logits(base, ids) - wanted).abs().max() > 1e-2 * wanted.abs().max()
