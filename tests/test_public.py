@@ -1,7 +1,6 @@
 """The public surface: what others import, and the one tree of errors."""
 
 import inspect
-import json
 import re
 from pathlib import Path
 
@@ -57,8 +56,8 @@ def test_the_tree_of_errors_is_drawn_as_it_is():
 
 
 def test_every_folder_with_code_is_a_listed_package():
-    found = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    found = re.search(r"^packages = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None
-    listed = json.loads(found[1])
+    listed = re.findall(r'"([\w.]+)"', found[1])
     folders = {path.parent for top in ("compiler", "passes", "targets") for path in (ROOT / top).rglob("*.py")}
     assert {"austeer." + ".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(listed)

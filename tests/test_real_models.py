@@ -17,6 +17,7 @@ from austeer.compiler.sites import SPACE
 from austeer.compiler.tokens import encode_texts, take_tokens
 from austeer.compiler.verbs.build import build
 from tests.shared import shared
+from tests.tiny import certified
 
 MODELS = ("stories260K", "babyllama-105", "imdb-llama-7m", "imdb-gpt2-2.6m")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -26,7 +26,7 @@ CELLS = {
     "mlx-lm": "BBBB ---- LLLL LLLL ---- ---- ---- ---- ---- LLLL BB-C BBBB BBBB ----",
     "ctranslate2": "BBBB ---- LLLL LLLL BBCC ---- ---- ---- BB-C LLLL ---- BBBB BBBB BBBB",
     "onnxruntime-genai": "BBBB ---- LLLL LLLL BB-- ---- ---- BB-- BB-- LLLL ---- ---- ---- ----",
-    "portable": "BBCC ---- LLcc LLcc ---- ---- ---- ---- ---- LLcc ---- ---- ---- ----",
+    "portable": "BBCC ---- LLcc LLCC ---- ---- ---- ---- ---- LLcc ---- ---- ---- ----",
 }
 ROUTES = {"B": "bias", "L": "bias", "S": "split-layer", "C": "constant-layer", "c": "constant-layer", "V": "value-bias"}
 PERIODS = {("sglang", "gemma2"): 2, ("llama.cpp", "gemma2"): 2, ("llama.cpp", "gemma3_text"): 6}
@@ -43,7 +43,7 @@ ABSENT = {
     "portable": "smollm3 qwen3_moe mixtral gemma2 olmo2 gpt2 gpt_neox opt",
 }
 # Engines that do not load a file with a bias that they have no place for.
-REFUSE_O_PROJ = {("llama.cpp", name) for name in ("qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")}
+REFUSE_O_PROJ = {("llama.cpp", name) for name in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")}
 
 
 def cells() -> Iterator[tuple[str, str, str, str]]:

@@ -18,7 +18,7 @@ from austeer.targets import gguf, gguf_patch
 from austeer.targets.checkpoint import Writing
 from austeer.targets.gguf_model import GgufModel
 from austeer.targets.llama_cpp import SCRIPT, VARIABLE
-from tests.tiny import Tiny, on_disk, planned_checkpoint, program
+from tests.tiny import Tiny, in_place, on_disk, planned_checkpoint, program
 
 package = pytest.importorskip("gguf", reason="the gguf package, which reads and writes what is tested, is missing")
 
@@ -320,7 +320,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_llama_cpp_would_not_load_is_refused_before_anything_is_written(tiny: Tiny, match: str) -> None:
     with pytest.raises(Refused, match=match):
-        planned(on_disk(tiny), program(tiny))
+        planned(on_disk(tiny), in_place(tiny, on_disk(tiny)))
 
 
 @pytest.mark.usefixtures("converter")

@@ -61,7 +61,7 @@ def carried(tiny: Tiny, folder: Path, seed: int = 0) -> list[Edit]:
         role, experts = role_of(edit, post_norm=tiny.post_norm), tiny.architecture in ("qwen3_moe", "mixtral")
         biased = ("attn" if role == "attn_out" else "ffn") in tiny._constants()
         scales_bias = isinstance(edit, Scale) and edit.site in ("attn", "ffn") and biased
-        return not (isinstance(edit, Shift) or scales_bias or (experts and role == "ffn_out"))
+        return not (isinstance(edit, Shift) or role == "block" or scales_bias or (experts and role == "ffn_out"))
 
     return [edit for edit in programs_edits(tiny, folder, seed) if holds(edit)]
 
