@@ -35,7 +35,7 @@ _BEFORE_GGUF = "Compile the Hugging Face checkpoint it was made from, and conver
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _FILES = {
     ".safetensors": "this is one file of weights; give the directory that holds it and config.json",
-    ".gguf": f"this is a GGUF file. {_BEFORE_GGUF}",
+    ".gguf": f"this is a GGUF file. {_BEFORE_GGUF}; or patch it: build --form gguf",
     **dict.fromkeys(_PICKLES, f"this is a pickle, which can run code when read. {_AS_SAFETENSORS}"),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
+from austeer.compiler.errors import UsageError
 from austeer.compiler.live import load_tokenizer
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
@@ -13,9 +14,10 @@ from austeer.compiler.tokens import encode_texts
 from austeer.compiler.verbs.common import (
     FORM,
     Compiled,
+    GgufBase,
     Settings,
     certificate_dtype,
-    open_base,
+    open_any_base,
     write_compiled,
 )
 from austeer.passes.compose import compose
@@ -80,10 +82,9 @@ def build(
     With `dry_run`, or no `out`, nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
     """
     program, notes = compose([Program.load(path) for path in programs])
-    base = open_base(model, revision)
+    base = open_any_base(model, revision, form)
     compiled = Compiled.of(program, base, target, form)
-    notes += compiled.plan.notes
-    notes += tuple(f"tensor {name} is not in the index and is copied as it is" for name in base.checkpoint.unindexed)
+    notes += (*compiled.plan.notes, *base.notes)
     if dry_run or out is None:
         return BuildReport(None, compiled, None, notes)
     check = None
@@ -95,6 +96,8 @@ def build(
 
 def _certifier(compiled: Compiled, texts: str | Path, settings: Settings, notes: tuple[str, ...]) -> Any:
     base = compiled.base
+    if isinstance(base, GgufBase):
+        raise UsageError(f"--texts: {base.notes[0]}")
     length = settings.length_for(base.checkpoint.config)
     tokens, cut = encode_texts(load_tokenizer(base.path), read_texts(texts), length)
     dtype, kept = certificate_dtype(base, settings)

@@ -1,5 +1,6 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import CheckFailed, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
+from austeer.compiler.gguf import read_gguf
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import best_device, fits_in_float32
 from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, render, tool_versions
@@ -62,11 +64,54 @@ class Base:
         """Its folder."""
         return self.checkpoint.path
 
+    @property
+    def source(self) -> Layout:
+        """What a form is planned from."""
+        return self.layout
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about it."""
+        return tuple(f"tensor {name} is not in the index and is copied as it is" for name in self.checkpoint.unindexed)
+
     def describe(self) -> dict[str, Any]:
         """For the manifest."""
         known = {name: content_sha256(self.path / name) for name in self.checkpoint.shards}
         hashes = {name: sha256 for name, sha256 in known.items() if sha256}
         return describe_base(self.checkpoint, self.fetched.id, self.fetched.revision, hashes)
+
+
+@dataclass(frozen=True)
+class GgufBase:
+    """An existing GGUF file as the base, which the form `gguf` patches."""
+
+    source: Path
+    notes: tuple[str, ...] = ("transformers cannot run a patched GGUF: no certificate; `verify` compares its bytes",)
+
+    @property
+    def fetched(self) -> Fetched:
+        """Its name, which is that of the file."""
+        return Fetched(self.source, self.source.name, None)
+
+    @property
+    def path(self) -> Path:
+        """The folder that it lies in."""
+        return self.source.parent
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest: as of a checkpoint, with one file."""
+        gguf = read_gguf(self.source)
+        with self.source.open("rb") as file:
+            header = hashlib.sha256(file.read(gguf.header_end)).hexdigest()
+        facts = {"size": self.source.stat().st_size, "header_sha256": header}
+        return {"id": self.source.name, "revision": None, "files": {self.source.name: facts}}
+
+
+def open_any_base(model: str, revision: str | None, form: str) -> Base | GgufBase:
+    """As `open_base`; a local .gguf file where the form is gguf."""
+    if form == "gguf" and model.lower().endswith(".gguf") and Path(model).is_file():
+        return GgufBase(Path(model))
+    return open_base(model, revision)
 
 
 def open_base(model: str, revision: str | None = None) -> Base:
@@ -90,16 +135,16 @@ class Compiled:
     """A program compiled into a base for a target, in a form: all that is decided before anything is written."""
 
     program: Program
-    base: Base
+    base: Base | GgufBase
     target: str
     form: str
     plan: Any  # as its form makes it, a Planned
 
     @staticmethod
-    def of(program: Program, base: Base, target: str | None = None, form: str = FORM) -> "Compiled":
+    def of(program: Program, base: Base | GgufBase, target: str | None = None, form: str = FORM) -> "Compiled":
         """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
         chosen, engine = form_named(form), target_for(target, form)
-        return Compiled(program, base, engine.name, form, chosen.plan(program, base.layout, engine, base.fetched.id))
+        return Compiled(program, base, engine.name, form, chosen.plan(program, base.source, engine, base.fetched.id))
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Writes the form's files into an empty folder."""

@@ -1,11 +1,12 @@
 """The check of a compiled checkpoint after loading, in the engines that are to serve it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from austeer.compiler.certificate import stored_dtype
 from austeer.compiler.engine_check import EngineCheck, Expected, check, expect
-from austeer.compiler.errors import CheckFailed
+from austeer.compiler.errors import CheckFailed, UsageError
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens, take_tokens
@@ -21,18 +22,24 @@ def check_engines(
     program: Program,
     texts: Sequence[Tokens],
     *,
-    adapter: bool = False,
+    form: str = "checkpoint",
 ) -> tuple[tuple[EngineCheck, ...], tuple[str, ...]]:
     """(what each engine does, what is wrong): every engine on the base and on `out`, against the interpreter.
 
-    With `adapter`, `out` is a PEFT adapter for the base. All of it in float32 on the CPU, on the first 256 tokens.
+    `form` is that of `out`. All of it in float32 on the CPU, on the first 256 tokens. UsageError for an engine that
+    does not read the form.
     """
     if not engines:
         return (), ()
+    if form == "model-code":
+        raise UsageError("--engine: model code is run by the certificate, in transformers; no other engine is asked")
     texts = take_tokens(texts, TOKENS)
     expected = expect(load_model(base, dtype="float32", device="cpu"), program, texts)
-    edited = Request(base, expected.texts, adapter=out) if adapter else Request(out, expected.texts)
-    found = [_check(engine, expected, Request(base, expected.texts), edited) for engine in engines]
+    plain = Request(base, expected.texts)
+    edited = replace(plain, adapter=out) if form == "lora" else replace(plain, folder=out)
+    if form == "gguf":
+        edited = replace(plain, gguf=next(out.glob("*.gguf")))
+    found = [_check(engine, expected, plain, edited) for engine in engines]
     checks = tuple(one for one in found if isinstance(one, EngineCheck))
     problems = [one.failure if isinstance(one, EngineCheck) else one for one in found]
     return checks, tuple(problem for problem in problems if problem)
@@ -42,7 +49,7 @@ def _check(engine: Engine, expected: Expected, base: Request, edited: Request) -
     """The comparison, or why the engine answers nothing that could be compared."""
     try:
         plain, compiled = engine.ask(base).scores, engine.ask(edited).scores
-        stored = stored_dtype(edited.folder)
+        stored = stored_dtype(base.folder)
         return check(engine.name, engine.version(), expected, plain, compiled, stored=stored)
     except CheckFailed as error:
         return str(error)

@@ -15,7 +15,7 @@ from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens, encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, open_base
+from austeer.compiler.verbs.common import Base, Compiled, GgufBase, Settings, certificate_dtype, open_any_base
 from austeer.compiler.verbs.engines import check_engines
 from austeer.targets.engines.registry import engine_named
 
@@ -68,17 +68,20 @@ def verify(
     out, asked = Path(out), [engine_named(name) for name in engines]
     manifest = read_manifest(out)
     program = Program.load(out / PROGRAM)
-    opened = open_base(base or _find_base(manifest, out), None if base else manifest["base"]["revision"])
+    revision = None if base else manifest["base"]["revision"]
+    opened = open_any_base(base or _find_base(manifest, out), revision, manifest["form"])
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
     compiled = Compiled.of(program, opened, manifest["target"], manifest["form"])
     files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
+    if isinstance(opened, GgufBase):
+        return Verification(tuple(problems), files, None, opened.notes)
     dtype, notes = certificate_dtype(opened, settings)
     tokens, cut = _tokens(opened, texts, dtype, settings)
     certificate = compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device)
-    checks, wrong = check_engines(asked, opened.path, out, program, tokens)
+    checks, wrong = check_engines(asked, opened.path, out, program, tokens, form=compiled.form)
     problems += [*certificate.failures(), *wrong]
     return Verification(tuple(problems), files, certificate, (*notes, *cut), checks)
 
@@ -88,23 +91,22 @@ def _find_base(manifest: dict[str, Any], out: Path) -> str:
     if revision:
         return name
     for folder in (Path(name), out.resolve().parent / name):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder.is_file() and folder.suffix == ".gguf"):
             return str(folder)
     raise UsageError(
         f"{out} was compiled from the local model {name!r}, which is not here; say where it is with --base"
     )
 
 
-def _identity_problems(manifest: dict[str, Any], program: Program, base: Base) -> Iterator[str]:
+def _identity_problems(manifest: dict[str, Any], program: Program, base: Base | GgufBase) -> Iterator[str]:
     if program.sha256 != manifest["program"]["sha256"]:
         yield f"{PROGRAM} is not the program that {MANIFEST} names"
-    recorded = manifest["base"]["files"]
-    if set(recorded) != set(base.checkpoint.shards):
+    recorded, found = manifest["base"]["files"], base.describe()["files"]
+    if recorded.keys() != found.keys():
         yield f"the base has other weight files than {MANIFEST} names"
         return
     for name, facts in recorded.items():
-        header = base.checkpoint.headers[name]
-        if (header.size, header.sha256) != (facts["size"], facts["header_sha256"]):
+        if any(found[name][key] != facts[key] for key in ("size", "header_sha256")):
             yield f"{name} of the base is not the file that was compiled (its size or header differs)"
         elif "sha256" in facts and _sha256(base.path / name) != facts["sha256"]:
             yield f"{name} of the base is not the file that was compiled (its content differs)"

@@ -23,13 +23,15 @@ Scores: TypeAlias = "NDArray[np.float32]"  # log-probabilities [tokens, vocabula
 class Request:
     """Texts for the model in `folder` (Hugging Face layout), and how many tokens each is to be continued by.
 
-    `adapter` is a folder with a PEFT adapter to put on the model, for the engines that serve adapters.
+    `adapter` is a folder with a PEFT adapter to put on the model, for the engines that serve adapters; `gguf` a
+    file to load in the model's place, for the engine that reads those.
     """
 
     folder: Path
     texts: tuple[Tokens, ...]
     count: int = 0
     adapter: Path | None = None
+    gguf: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Engine:
     run: Callable[[Request], Answer]
     more: Callable[[], str | None] = lambda: None
     adapters: bool = False
+    gguf: bool = False
 
     def missing(self) -> str | None:
         """Why the engine cannot run here, with the way out; None if it can."""
@@ -77,6 +80,8 @@ class Engine:
             raise UsageError(f"engine {self.name} cannot run here: {reason}")
         if request.adapter and not self.adapters:
             raise UsageError(f"engine {self.name} serves no adapters; merge this one, or use another engine")
+        if request.gguf and not self.gguf:
+            raise UsageError(f"engine {self.name} reads no GGUF; llama.cpp does")
         try:
             with _quiet():
                 return self.run(request)

@@ -17,8 +17,9 @@ def run(request: Request) -> Answer:
     """Converts and serves; the vocabulary's size is that of config.json."""
     vocabulary = int(read_json(request.folder / CONFIG)["vocab_size"])
     with TemporaryDirectory() as folder:
-        gguf = Path(folder) / "model.gguf"
-        convert(request.folder, gguf)
+        gguf = request.gguf or Path(folder) / "model.gguf"
+        if not request.gguf:
+            convert(request.folder, gguf)
         longest = max(map(len, request.texts)) + request.count + 1
         server = _server(gguf, longest)
         forced = _plain_token(request.folder, vocabulary)
@@ -101,4 +102,5 @@ ENGINE = Engine(
     "pip install xllamacpp gguf sentencepiece",
     run,
     more=_no_converter,
+    gguf=True,
 )

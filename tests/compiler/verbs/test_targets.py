@@ -1,0 +1,49 @@
+"""targets: the table as it is printed, and the README's matrix."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from austeer.compiler import UsageError
+from austeer.compiler.architectures import ARCHITECTURES
+from austeer.compiler.cli import main
+from austeer.compiler.verbs.targets import markdown, targets
+from austeer.targets.tables import TARGETS
+
+README = Path(__file__).parents[3] / "README.md"
+
+
+def test_every_cell_has_a_lowering_or_a_reason() -> None:
+    support = targets()
+    assert {target.name for target in support.targets} == {
+        "transformers", "vllm", "sglang", "llama.cpp", "tgi", "mlx-lm", "ctranslate2", "onnxruntime-genai", "portable",
+    }  # fmt: skip
+    assert len(support.cells) == len(TARGETS) * len(ARCHITECTURES) * (5 + 5 + 2)
+    assert all(bool(cell.lowerings) != bool(cell.refusal) for cell in support.cells)
+    assert all(target.version for target in support.targets)
+
+
+def test_the_readme_s_matrix_is_the_table() -> None:
+    text = README.read_text("utf-8")
+    assert markdown() in text, "README.md: replace the support matrix by what markdown() gives"
+
+
+def test_one_target_is_printed_with_its_reasons() -> None:
+    done = CliRunner().invoke(main, ["targets", "vllm"])
+    assert done.exit_code == 0
+    assert "vLLM 0.33.0 drops mlp.down_proj.bias of mixtral in silence" in " ".join(done.stdout.split())
+
+
+def test_as_json() -> None:
+    report = json.loads(CliRunner().invoke(main, ["targets", "portable", "--json"]).stdout)
+    assert [target["name"] for target in report["targets"]] == ["portable"]
+    cell = next(cell for cell in report["cells"] if (cell["architecture"], cell["kind"], cell["site"])
+                == ("llama", "shift", "residual"))  # fmt: skip
+    assert cell["lowerings"] == [{"how": "constant layer", "exact": True}]
+
+
+def test_an_unknown_target() -> None:
+    with pytest.raises(UsageError, match="there are transformers, vllm"):
+        targets("tpu")
