@@ -14,8 +14,8 @@ LISTED_EDITS = 50
 BODY = """\
 # {base}, steered
 
-This is `{base}` **with edited weights**. Activation steering was compiled into it by `austeer-compile`: it behaves as
-the base model would with the activation edits below applied at every token, with no hooks and no custom code.
+This is `{base}` **with edited weights**. Activation steering was compiled into it by `austeer-compile`: it behaves
+{how}as the base model would with the activation edits below applied at every token, with no hooks and no custom code.
 {licence}
 ## What was edited
 
@@ -36,6 +36,14 @@ measurement below, with `austeer-compile verify`.
 
 Steering changes behaviour in ways that a benchmark may not show, and it can weaken safety training. The base model's
 licence and use policy apply to this model too. Do not remove this card or `{manifest}` when you share it.
+"""
+
+
+APPROXIMATE = f"""\
+**This compilation is approximate**: no stock block can carry edits at site residual exactly. The other approximations
+and what each reached are in `{MANIFEST}` under `approximations`. An approximation is certified where its mean KL from
+the reference is at most half that of the unedited base.
+
 """
 
 
@@ -62,6 +70,7 @@ def render_card(program: Program, base: str, base_card: dict[str, Any], certific
     body = BODY.format(
         base=base, licence=stated, sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
+        how="approximately " if certificate and certificate.approximate else "",
     )  # fmt: skip
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()
 
@@ -106,5 +115,6 @@ def _measured(certificate: Certificate | None) -> str:
         f"{certificate.reference}:\n\n"
         "| | compiled | unedited base |\n|---|---|---|\n"
         f"{rows}\n\n"
+        f"{APPROXIMATE if certificate.approximate else ''}"
         f"The certificate {verdict}."
     )

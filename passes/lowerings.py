@@ -16,7 +16,10 @@ WHY: Mapping[Treatment, str] = {
     "differs": "{target} honours {name} of {architecture} and transformers does not: it would be two models",
 }
 NORMED = "the architecture norms what its projections write, so no bias is a constant shift there"
-SCALED_RESIDUAL = "the residual stream is read through a norm, so no weight of a stock block scales it"
+SCALED_RESIDUAL = (
+    "the residual stream is read through a norm, so no weight of a stock block scales it; --approximate compiles the "
+    "nearest that one can do, measured and marked"
+)
 
 
 @dataclass(frozen=True)

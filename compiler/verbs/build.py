@@ -6,31 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
-from austeer.compiler.live import load_tokenizer
-from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import encode_texts
+from austeer.compiler.staging import require_place
+from austeer.compiler.tokens import Tokens
+from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for
 from austeer.compiler.verbs.common import (
     FORM,
     TARGET,
     Compiled,
     Settings,
     certificate_dtype,
+    measuring_texts,
     open_base,
     write_compiled,
 )
 from austeer.passes.compose import compose
 from austeer.targets.checkpoint import NEW_SHARD, Plan
 
+UNMEASURED = "approximate: this is one of the plans; which one is nearest is measured when the checkpoint is written"
+
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was, or with `dry_run` would be, written."""
+    """What was, or with `dry_run` would be, written. `approximations` where one had to be chosen."""
 
     out: str | None
     compiled: Compiled
     certificate: Certificate | None
     notes: tuple[str, ...]
+    approximations: Approximations | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -44,6 +48,7 @@ class BuildReport:
             **self._costs(),
             "lowering": list(plan.lowering),
             "left_out": list(plan.left_out),
+            "approximations": self.approximations.plain() if self.approximations else None,
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -72,35 +77,42 @@ def build(
     form: str = FORM,
     revision: str | None = None,
     texts: str | Path | None = None,
+    approximate: bool = False,
     dry_run: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> BuildReport:
     """Compiles programs into a model and writes the checkpoint at `out`; imports neither torch nor transformers.
 
     With `texts` (a file of texts or pairs) the result is certified on them first, which does load the model.
+    With `approximate` a program without an exact lowering is compiled too, by the approximation that is nearest
+    on the texts, or on text sampled from the base; the certificate says so, and has a rule of its own.
     With `dry_run`, or no `out`, nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
     """
     program, notes = compose([Program.load(path) for path in programs])
     base = open_base(model, revision)
-    compiled = Compiled.of(program, base, target, form)
-    notes += compiled.plan.notes
     notes += tuple(f"tensor {name} is not in the index and is copied as it is" for name in base.checkpoint.unindexed)
+    compiled = compile_for(program, base, target, form, approximate=approximate)
+    notes += compiled.plan.notes
+    inexact = compiled.approximation is not None
     if dry_run or out is None:
-        return BuildReport(None, compiled, None, notes)
-    check = None
-    if texts is not None:
-        check, notes = _certifier(compiled, texts, settings, notes)
-    certificate = write_compiled(compiled, Path(out), certify=check)
-    return BuildReport(str(out), compiled, certificate, notes)
+        return BuildReport(None, compiled, None, (*notes, UNMEASURED) if inexact else notes)
+    require_place(Path(out))  # now, not after all is measured
+    check, table = None, None
+    if inexact or texts is not None:
+        tokens, cut = measuring_texts(base, texts, settings)
+        if inexact:
+            compiled, table = choose_approximation(compiled, tokens, settings, Path(out))
+        check, kept = _certifier(compiled, tokens, settings)
+        notes += (*cut, *kept)
+    extra = {"approximations": table.plain()} if table else None
+    certificate = write_compiled(compiled, Path(out), certify=check, extra=extra)
+    return BuildReport(str(out), compiled, certificate, notes, table)
 
 
-def _certifier(compiled: Compiled, texts: str | Path, settings: Settings, notes: tuple[str, ...]) -> Any:
-    base = compiled.base
-    length = settings.length_for(base.checkpoint.config)
-    tokens, cut = encode_texts(load_tokenizer(base.path), read_texts(texts), length)
-    dtype, kept = certificate_dtype(base, settings)
+def _certifier(compiled: Compiled, texts: Sequence[Tokens], settings: Settings) -> tuple[Any, list[str]]:
+    dtype, kept = certificate_dtype(compiled.base, settings)
 
     def check(folder: Path) -> Certificate:
-        return compiled.certify(folder, tokens, dtype, settings.device)
+        return compiled.certify(folder, texts, dtype, settings.device)
 
-    return check, (*notes, *cut, *kept)
+    return check, kept

@@ -15,6 +15,7 @@ from austeer.compiler.measure import Effect
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.text import render
+from austeer.compiler.verbs.approximate import Approximations
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.inspect import Inspection
@@ -47,6 +48,7 @@ def _(report: BuildReport) -> None:
         console.print(f"{rewritten:,} bytes of the base rewritten, working memory up to {memory:.0f} MB")
     if plan.left_out:
         console.print(f"Left out (not part of the checkpoint): {', '.join(plan.left_out)}", markup=False)
+    _approximations(report.approximations)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -65,6 +67,7 @@ def _(report: Steering) -> None:
         f"Scaled {report.choice.k} units at site {report.site} with alpha {report.choice.alpha:.4g}; "
         f"drift {report.choice.drift:.4f} nats per token"
     )
+    _approximations(report.approximations)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -164,6 +167,20 @@ def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str])
         _console().print(f"Written: {out}", markup=False)
 
 
+def _approximations(found: Approximations | None) -> None:
+    if found is None:
+        return
+    rows = [("unedited base", f"{found.base_mean_kl:.4g}", f"{found.base_top1_agreement:.4f}", "")] + [
+        (c.name, f"{c.mean_kl:.4g}", f"{c.top1_agreement:.4f}", "<-" if c.name == found.chosen else "")
+        if c.mean_kl is not None
+        else (c.name, "-", "-", c.refusal)
+        for c in found.candidates
+    ]
+    columns = ("approximation", "mean KL", "top-1", "")
+    _table(f"Approximations, measured on {found.tokens} tokens", columns, rows, all_rows=True)
+    _console().print("Approximate: no stock block carries edits at site residual exactly.")
+
+
 def _certificate(certificate: Certificate) -> None:
     title = f"Certificate: against {certificate.reference}, {certificate.dtype}, {certificate.tokens} tokens"
     _table(
@@ -173,7 +190,8 @@ def _certificate(certificate: Certificate) -> None:
     )
     same = "equal" if certificate.greedy_equal else "not equal"
     zeros = f"zero weights {certificate.zeros_before:.4%} -> {certificate.zeros_after:.4%}"
-    verdict = "It holds." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
+    rule = " as an approximation" if certificate.approximate else ""
+    verdict = f"It holds{rule}." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
     _console().print(f"Greedy text {same}; {zeros}. {verdict}", highlight=False)
 
 

@@ -1,7 +1,7 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName, site_named
 from austeer.compiler.staging import require_place
 from austeer.compiler.target import target_named
+from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for, is_inexact
 from austeer.compiler.verbs.common import (
     FORM,
     TARGET,
     Base,
-    Compiled,
     Settings,
     certificate_dtype,
     open_base,
@@ -30,7 +30,10 @@ from austeer.targets.tables import TARGETS
 
 @dataclass(frozen=True)
 class Steering:
-    """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only)."""
+    """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only).
+
+    `approximations` where one had to be chosen.
+    """
 
     out: str | None
     program: Program
@@ -38,6 +41,7 @@ class Steering:
     choice: Choice
     certificate: Certificate | None
     notes: tuple[str, ...]
+    approximations: Approximations | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -50,6 +54,7 @@ class Steering:
             "alpha": self.choice.alpha,
             "drift": self.choice.drift,
             "search": asdict(self.choice.search) if self.choice.search else None,
+            "approximations": self.approximations.plain() if self.approximations else None,
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -66,6 +71,7 @@ def steer(
     max_drift: float = 0.1,
     neutral: str | Path | None = None,
     program_only: bool = False,
+    approximate: bool = False,
     target: str = TARGET,
     form: str = FORM,
     revision: str | None = None,
@@ -74,7 +80,8 @@ def steer(
     """Finds the units that tell the pairs' sides apart (AUSteer), scales them, and writes the checkpoint at `out`.
 
     What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy with a mean
-    KL to the base on neutral text of at most `max_drift`. With `program_only`, `out` is a program file.
+    KL to the base on neutral text of at most `max_drift`. With `program_only`, `out` is a program file. With
+    `approximate` the site may be residual, compiled by the approximation nearest on held-out text.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     goal, out = Goal(site_named(site), top_k, alpha, max_drift), Path(out)
@@ -83,25 +90,31 @@ def steer(
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal.site, base, target)
+        _require_foldable(goal.site, base, target, approximate=approximate)
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
         return _report(out, goal, finding, None, ())
-    compiled = Compiled.of(finding.program, base, target, form)
+    compiled = compile_for(finding.program, base, target, form, approximate=approximate)
+    table, extra = None, {"steer": _record(goal, finding, Path(pairs), settings.seed)}
+    if compiled.approximation is not None:
+        compiled, table = choose_approximation(compiled, finding.texts, settings, out)
+        extra["approximations"] = table.plain()
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    extra = {"steer": _record(goal, finding, Path(pairs), settings.seed)}
     certificate = write_compiled(compiled, out, certify=check, extra=extra)
-    return _report(out, goal, finding, certificate, (*kept, *compiled.plan.notes))
+    report = _report(out, goal, finding, certificate, (*kept, *compiled.plan.notes))
+    return replace(report, approximations=table)
 
 
-def _require_foldable(site: SiteName, base: Base, target: str) -> None:
+def _require_foldable(site: SiteName, base: Base, target: str, *, approximate: bool) -> None:
     """Refused, before any model is run, where no layer can carry a scale at the site."""
-    probes = (Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers))
+    probes = [Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers)]
+    if approximate and is_inexact(Program(base.facts.geometry, tuple(probes)), base):
+        return
     reasons = [refusal(probe, base.facts, target_named(target, TARGETS)) for probe in probes]
     if all(reasons):
         raise Refused(

@@ -8,16 +8,12 @@ from typing import Any
 
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.errors import UsageError
-from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
-from austeer.compiler.neutral import sample_neutral
-from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, open_base
+from austeer.compiler.tokens import take_tokens
+from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, measuring_texts, open_base
 
 CHUNK = 2**24
-SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,8 @@ def verify(
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
-    compiled = Compiled.of(program, opened, manifest["target"], manifest["form"])
+    approximation = manifest.get("approximations", {}).get("chosen")
+    compiled = Compiled.of(program, opened, manifest["target"], manifest["form"], approximation)
     files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
     certificate, notes = _measure(compiled, out, texts, settings)
@@ -111,14 +108,6 @@ def _sha256(path: Path) -> str:
 def _measure(
     compiled: Compiled, out: Path, texts: str | Path | None, settings: Settings
 ) -> tuple[Certificate, tuple[str, ...]]:
-    base = compiled.base
-    dtype, notes = certificate_dtype(base, settings)
-    tokenizer = load_tokenizer(base.path)
-    if texts is not None:
-        tokens, cut = encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
-        notes += cut
-    else:
-        model = load_model(base.path, dtype=dtype, device=settings.device)
-        tokens = sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed)
-        del model
-    return compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device), tuple(notes)
+    dtype, kept = certificate_dtype(compiled.base, settings)
+    tokens, notes = measuring_texts(compiled.base, texts, settings)
+    return compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device), (*kept, *notes)
