@@ -119,13 +119,14 @@ class Touch:
 class Rescale:
     """What begins, reads or norms the residual stream: its weight, along the residual axis, times `factors`.
 
-    `layer` is None outside the blocks. `touches` are the numbers of the edits it is for, each with its units.
+    `layer` is None outside the blocks. `touches` are the numbers of the edits it is for, each with its units;
+    None is all.
     """
 
     layer: int | None
     role: StreamRole
     factors: Floats  # [residual]
-    touches: tuple[tuple[int, tuple[int, ...]], ...]
+    touches: tuple[tuple[int, tuple[int, ...] | None], ...]
     exact: bool
 
 

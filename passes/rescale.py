@@ -3,8 +3,9 @@
 No weight of a stock block scales the stream. But the stream can be kept in other units: where the reference has x,
 the model has x / d, with its own d for each layer, so that the scale at the end of a block is nothing but a change
 of units. What writes is divided by d, what reads is multiplied by it: exact for a linear map, and for a norm up to
-its denominator (and its mean, if it subtracts one), which is that of x / d. Whether that is near enough only a
-measurement can tell, and in which layers the units had better be those of the base.
+its denominator (and its mean, if it subtracts one), which is that of x / d. One number for each norm, fitted to a
+live model (passes.compensate), makes that right on average. Whether it is near enough only a measurement can tell,
+and in which layers the units had better be those of the base.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,15 @@ Numbered: TypeAlias = list[tuple[int, Scale]]
 
 @dataclass(frozen=True)
 class Rescaling:
-    """One choice of units: those of the base before layer `anchor`; `refusal` says why it is not legal, if so."""
+    """One choice of units: those of the base before layer `anchor`; `refusal` says why it is not legal, if so.
+
+    `norms`: what the norms that read the stream are multiplied with, in the order of `reading_norms`; none: 1.
+    """
 
     name: str
     anchor: int
     refusal: str = ""
+    norms: tuple[float, ...] = ()
 
 
 def needs_rescaling(edit: Edit, facts: ModelFacts) -> bool:
@@ -65,21 +70,41 @@ def rescalings(program: Program, facts: ModelFacts) -> list[Rescaling]:
     return found
 
 
-def rescale(program: Program, facts: ModelFacts, target: Target, name: str) -> tuple[ModelForm, Patch]:
-    """The form and the patch of a program whose scales of the stream become a choice of units, called `name`.
-
-    Everything else is legalized and folded as ever. Raises Refused for a choice that is not legal, and as
-    legalize does.
-    """
+def rescaling_named(name: str, program: Program, facts: ModelFacts) -> Rescaling:
+    """The legal choice of this name; Refused if there is none."""
     choice = next((choice for choice in rescalings(program, facts) if choice.name == name), None)
     if choice is None or choice.refusal:
         why = choice.refusal if choice else "it has no such choice of units"
         raise Refused(f"{name} is not legal for this program: {why}")
+    return choice
+
+
+def rescale(program: Program, facts: ModelFacts, target: Target, choice: Rescaling) -> tuple[ModelForm, Patch]:
+    """The form and the patch of a program whose scales of the stream become a choice of units.
+
+    Everything else is legalized and folded as ever, and refused as ever.
+    """
     rest, numbers = _without_scales(program, facts)
     form = legalize(rest, facts, target)
     patch = fold(rest, facts, form)
     patch = replace(patch, touches=tuple(replace(touch, edit=numbers[touch.edit]) for touch in patch.touches))
-    return form, _Units(choice.anchor, _scales(program, facts), facts).applied(patch)
+    return form, _Rescaled(choice, program, facts).applied(patch)
+
+
+def units_of(choice: Rescaling, program: Program, facts: ModelFacts) -> NDArray[np.float64]:
+    """The units d of the stream before each layer, and after the last: [layers + 1, residual]."""
+    d = np.ones((facts.geometry.layers + 1, facts.geometry.residual))
+    for _, edit in _scales(program, facts):
+        d[edit.layer + 1 :, list(edit.units)] *= 1 + edit.gamma
+    return d / d[choice.anchor]
+
+
+def reading_norms(facts: ModelFacts) -> list[tuple[int, StreamRole]]:
+    """The norms that read the stream: before which layer (the head: after the last), and which."""
+    layers, roles = facts.geometry.layers, tuple[StreamRole, ...]()
+    if STREAMS[facts.architecture.model_type].reads_normed:
+        roles = ("attn_in", "ffn_in")
+    return [*((layer, role) for layer in range(layers) for role in roles), (layers, "head_in")]
 
 
 def _before(name: str, anchor: int, facts: ModelFacts) -> Rescaling:
@@ -120,18 +145,16 @@ def _without_scales(program: Program, facts: ModelFacts) -> tuple[Program, list[
     return Program(program.model, tuple(kept)), numbers
 
 
-class _Units:
-    """The units of the stream before each layer, and after the last: d [layers + 1, residual]."""
+class _Rescaled:
+    """What a choice of units makes of a patch."""
 
-    def __init__(self, anchor: int, scales: Numbered, facts: ModelFacts) -> None:
-        self.anchor, self.scales, self.facts = anchor, scales, facts
+    def __init__(self, choice: Rescaling, program: Program, facts: ModelFacts) -> None:
+        self.anchor, self.facts = choice.anchor, facts
+        self.scales, self.d = _scales(program, facts), units_of(choice, program, facts)
         self.stream = STREAMS[facts.architecture.model_type]
-        d = np.ones((facts.geometry.layers + 1, facts.geometry.residual))
-        for _, edit in scales:
-            d[edit.layer + 1 :, list(edit.units)] *= 1 + edit.gamma
-        self.d: NDArray[np.float64] = d / d[anchor]
-        normed = self.d if self.stream.reads_normed else self.d[-1:]
-        self.exact = bool((normed == 1).all())
+        places = reading_norms(facts)
+        self.norms = dict(zip(places, choice.norms or [1.0] * len(places), strict=True))
+        self.exact = all((self.d[before] == 1).all() for before, _ in places)
 
     def applied(self, patch: Patch) -> Patch:
         """The patch with everything that writes to the stream or reads it in these units."""
@@ -176,8 +199,10 @@ class _Units:
     def _rescale(self, before: int, role: StreamRole, layer: int | None, *, reads: bool) -> Iterator[Rescale]:
         d = self.d[before]
         if (d != 1).any() and self.stream.names(role):
-            factors = d if reads else 1 / d
-            yield Rescale(layer, role, factors.astype(np.float32), tuple(self._edits(before)), self.exact)
+            norm = self.norms.get((before, role), 1.0)
+            factors = (d * norm if reads else 1 / d).astype(np.float32)
+            touches = ((number, units if norm == 1 else None) for number, units in self._edits(before))
+            yield Rescale(layer, role, factors, tuple(touches), self.exact)
 
     def _edits(self, before: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """The scales that the units before a layer come from: those between it and the anchor."""

@@ -33,7 +33,7 @@ def stream_lowering(patch: Patch, output: OutputLayout) -> Iterator[dict[str, An
         for tensor in output.base.stream(rescale.layer, rescale.role):
             name, shape = output.moved[tensor.name][0]
             for edit, units in rescale.touches:
-                axes = [*[None] * (len(shape) - 1), list(units)]
+                axes = [*[None] * (len(shape) - 1), None if units is None else list(units)]
                 yield {"edit": edit, "tensor": name, "slice": axes, "exact": rescale.exact}
 
 

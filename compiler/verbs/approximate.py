@@ -1,7 +1,7 @@
 """Programs without an exact lowering: each approximation is written, measured, and the nearest chosen."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,8 +10,9 @@ from austeer.compiler.certificate import Reference, compare, observe, stored_dty
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
-from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype
-from austeer.passes.rescale import needs_rescaling, rescalings
+from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, sample_texts
+from austeer.passes.compensate import compensate
+from austeer.passes.rescale import Rescaling, needs_rescaling, rescaling_named, rescalings
 from austeer.targets.checkpoint import Writing
 
 
@@ -27,9 +28,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Approximations:
-    """All candidates on the same texts, the unedited base's figures there, and the candidate of least KL."""
+    """All candidates on the same texts, the unedited base's figures there, and the candidate of least KL.
+
+    `norms`: what the norms that read the stream are multiplied with in the chosen one.
+    """
 
     chosen: str
+    norms: tuple[float, ...]
     texts: int
     tokens: int
     base_mean_kl: float
@@ -53,8 +58,16 @@ def compile_for(program: Program, base: Base, target: str, form: str, *, approxi
     """
     if not (approximate and is_inexact(program, base)):
         return Compiled.of(program, base, target, form)
-    name = next(choice.name for choice in rescalings(program, base.facts) if not choice.refusal)
-    return Compiled.of(program, base, target, form, name)
+    first = next(choice for choice in rescalings(program, base.facts) if not choice.refusal)
+    return Compiled.of(program, base, target, form, first)
+
+
+def recorded_approximation(manifest: dict[str, Any], program: Program, base: Base) -> Rescaling | None:
+    """The approximation that a manifest says was chosen; Refused if the program has none of that name."""
+    record = manifest.get("approximations")
+    if record is None:
+        return None
+    return replace(rescaling_named(record["chosen"], program, base.facts), norms=tuple(record["norms"]))
 
 
 def choose_approximation(
@@ -62,36 +75,44 @@ def choose_approximation(
 ) -> tuple[Compiled, Approximations]:
     """Of an approximated program the approximation with the least mean KL from the interpreter on the texts.
 
-    Every legal one is written to a temporary folder beside `place`, one after the other, and loaded.
+    What is fitted is fitted on other text, sampled from the base. Every legal one is then written to a temporary
+    folder beside `place`, one after the other, and loaded.
     """
     program, base = first.program, first.base
-    choices = rescalings(program, base.facts)
-    legal = {
-        choice.name: Compiled.of(program, base, first.target, first.form, choice.name)
-        for choice in choices
-        if not choice.refusal
-    }
     dtype, _ = certificate_dtype(base, settings)
     model = load_model(base.path, dtype=dtype, device=settings.device)
+    choices = rescalings(program, base.facts)
+    fitted = compensate(
+        model, program, [c for c in choices if not c.refusal], sample_texts(base, model, settings.seed + 1)
+    )
     reference = observe(model, program, texts)
     del model
-    found = [
-        Candidate(choice.name, refusal=choice.refusal)
-        if choice.refusal
-        else _measured(legal[choice.name], choice.name, reference, dtype, settings.device, place)
-        for choice in choices
-    ]
-    best = min((c for c in found if c.mean_kl is not None), key=lambda candidate: candidate.mean_kl or 0.0)
-    before, tokens = reference.base, reference.base.tokens
-    table = Approximations(
-        best.name, len(reference.texts), tokens, before.kl / tokens, before.agreeing / tokens, tuple(found)
-    )
-    return legal[best.name], table
+    legal = [Compiled.of(program, base, first.target, first.form, choice) for choice in fitted]
+    measured = [_measured(compiled, reference, dtype, settings.device, place) for compiled in legal]
+    best, _ = min(zip(legal, measured, strict=True), key=lambda pair: pair[1].mean_kl or 0.0)
+    refused = [Candidate(choice.name, refusal=choice.refusal) for choice in choices if choice.refusal]
+    return best, _table(best, (*measured, *refused), reference)
 
 
-def _measured(compiled: Compiled, name: str, reference: Reference, dtype: str, device: str, place: Path) -> Candidate:
+def _measured(compiled: Compiled, reference: Reference, dtype: str, device: str, place: Path) -> Candidate:
+    assert compiled.approximation is not None
+    name = compiled.approximation.name
     with TemporaryDirectory(prefix=f".{place.name}.{name}.", dir=place.parent) as folder:
         compiled.write(Path(folder), Writing())
         model = compiled.load(Path(folder), dtype, device)
         figures = compare(model, reference, stored=stored_dtype(compiled.base.path))
     return Candidate(name, figures.mean_kl, figures.top1_agreement)
+
+
+def _table(best: Compiled, candidates: tuple[Candidate, ...], reference: Reference) -> Approximations:
+    assert best.approximation is not None
+    base, choice = reference.base, best.approximation
+    return Approximations(
+        choice.name,
+        choice.norms,
+        len(reference.texts),
+        base.tokens,
+        base.kl / base.tokens,
+        base.agreeing / base.tokens,
+        candidates,
+    )

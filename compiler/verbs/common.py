@@ -22,6 +22,7 @@ from austeer.compiler.staging import staged, write_file
 from austeer.compiler.target import target_named
 from austeer.compiler.tokens import Chat, Tokens, encode_texts
 from austeer.compiler.verbs.forms import form_named, plan_rescaled
+from austeer.passes.rescale import Rescaling
 from austeer.targets.checkpoint import Writing
 from austeer.targets.hub import Fetched, content_sha256, fetch
 from austeer.targets.tables import TARGETS
@@ -84,7 +85,7 @@ def open_base(model: str, revision: str | None = None) -> Base:
 class Compiled:
     """A program compiled into a base for a target, in a form: all that is decided before anything is written.
 
-    `approximation`: which one of passes.rescale, where the program has no exact lowering.
+    `approximation`: which one, where the program has no exact lowering.
     """
 
     program: Program
@@ -92,11 +93,11 @@ class Compiled:
     target: str
     form: str
     plan: Any  # as its form makes it, a Planned
-    approximation: str | None = None
+    approximation: Rescaling | None = None
 
     @staticmethod
     def of(
-        program: Program, base: Base, target: str = TARGET, form: str = FORM, approximation: str | None = None
+        program: Program, base: Base, target: str = TARGET, form: str = FORM, approximation: Rescaling | None = None
     ) -> "Compiled":
         """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
         chosen, engine = form_named(form), target_named(target, TARGETS)
@@ -138,12 +139,15 @@ def measuring_texts(
     base: Base, texts: str | Path | None, settings: Settings
 ) -> tuple[Sequence[Tokens], tuple[str, ...]]:
     """The texts of a file of texts or pairs, or, without one, texts sampled from the base; and notes."""
-    tokenizer = load_tokenizer(base.path)
-    if texts is not None:
-        return encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
-    dtype, _ = certificate_dtype(base, settings)
-    model = load_model(base.path, dtype=dtype, device=settings.device)
-    return sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed), ()
+    if texts is None:
+        dtype, _ = certificate_dtype(base, settings)
+        return sample_texts(base, load_model(base.path, dtype=dtype, device=settings.device), settings.seed), ()
+    return encode_texts(load_tokenizer(base.path), read_texts(texts), settings.length_for(base.checkpoint.config))
+
+
+def sample_texts(base: Base, model: "PreTrainedModel", seed: int) -> Sequence[Tokens]:
+    """16 texts of at most 64 tokens, sampled from the base."""
+    return sample_neutral(model, load_tokenizer(base.path), SAMPLED_TEXTS, SAMPLED_TOKENS, seed)
 
 
 def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:

@@ -14,7 +14,7 @@ from austeer.compiler.progress import track
 from austeer.compiler.target import Target
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
-from austeer.passes.rescale import rescale
+from austeer.passes.rescale import Rescaling, rescale
 from austeer.targets import checkpoint
 from austeer.targets.checkpoint import Plan, Writing
 from austeer.targets.shards import Copy, Shard, Zeros
@@ -75,9 +75,9 @@ def _plan_checkpoint(program: Program, layout: Layout, target: Target, _: str) -
     return checkpoint.plan(fold(program, layout.facts, form), layout, form)
 
 
-def plan_rescaled(program: Program, layout: Layout, target: Target, name: str) -> Plan:
+def plan_rescaled(program: Program, layout: Layout, target: Target, choice: Rescaling) -> Plan:
     """The plan of a checkpoint whose residual stream is kept in other units; see passes.rescale."""
-    form, patch = rescale(program, layout.facts, target, name)
+    form, patch = rescale(program, layout.facts, target, choice)
     return checkpoint.plan(patch, layout, form)
 
 

@@ -11,6 +11,7 @@ from austeer.compiler.errors import UsageError
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import take_tokens
+from austeer.compiler.verbs.approximate import recorded_approximation
 from austeer.compiler.verbs.common import Base, Compiled, Settings, certificate_dtype, measuring_texts, open_base
 
 CHUNK = 2**24
@@ -61,7 +62,7 @@ def verify(
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
-    approximation = manifest.get("approximations", {}).get("chosen")
+    approximation = recorded_approximation(manifest, program, opened)
     compiled = Compiled.of(program, opened, manifest["target"], manifest["form"], approximation)
     files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
