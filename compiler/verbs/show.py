@@ -97,7 +97,9 @@ def _(report: Verification) -> None:
     for problem in report.problems:
         _console().print(f"FAILED: {problem}", markup=False)
     if report.passed:
-        _console().print("Verified: the checkpoint is its base with exactly this program folded in.")
+        approximately = report.certificate is not None and report.certificate.approximate
+        how = "this program folded in approximately" if approximately else "exactly this program folded in"
+        _console().print(f"Verified: the checkpoint is its base with {how}.")
 
 
 @show.register

@@ -90,7 +90,7 @@ def steer(
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal.site, base, target, approximate=approximate)
+        _require_foldable(goal.site, base, target, form, approximate=approximate)
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
@@ -110,10 +110,12 @@ def steer(
     return replace(report, approximations=table)
 
 
-def _require_foldable(site: SiteName, base: Base, target: str, *, approximate: bool) -> None:
+def _require_foldable(site: SiteName, base: Base, target: str, form: str, *, approximate: bool) -> None:
     """Refused, before any model is run, where no layer can carry a scale at the site."""
     probes = [Scale(layer, site, (0,), (0.0,)) for layer in range(base.facts.geometry.layers)]
-    if approximate and is_inexact(Program(base.facts.geometry, tuple(probes)), base):
+    probe = Program(base.facts.geometry, tuple(probes))
+    if approximate and is_inexact(probe, base):
+        compile_for(probe, base, target, form, approximate=True)
         return
     reasons = [refusal(probe, base.facts, target_named(target, TARGETS)) for probe in probes]
     if all(reasons):

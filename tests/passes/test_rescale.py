@@ -21,7 +21,7 @@ from austeer.compiler.verbs.common import Compiled, open_base
 from austeer.passes.compensate import compensate
 from austeer.passes.rescale import needs_rescaling, rescaling_named, rescalings
 from austeer.targets.checkpoint import Writing
-from tests.tiny import VARIANTS, Tiny, load, logits, on_disk, rewritten, scratch, tokens
+from tests.tiny import VARIANTS, Tiny, bare, load, logits, on_disk, rewritten, scratch, sharded, tokens
 
 STREAMED = [name for name in VARIANTS if name != "opt-post"]  # there the block ends in a norm, and all is exact
 UNTIED = [name for name in STREAMED if not VARIANTS[name].tied]
@@ -208,6 +208,15 @@ def test_tied_embeddings_are_not_rescaled(name: str) -> None:
         compiled(Program.of(scales(), model=path), path, "rescale-earlier")
 
 
+def test_embeddings_behind_a_projection_are_not_rescaled() -> None:
+    facts = read_facts(on_disk(Tiny("opt")))
+    program = Program(facts.geometry, tuple(scales()))
+    narrow = replace(facts, config={**facts.config, "word_embed_proj_dim": facts.geometry.residual // 2})
+    assert [choice.refusal for choice in rescalings(program, facts)] == ["", "", ""]
+    refusals = [choice.refusal for choice in rescalings(program, narrow)]
+    assert refusals == ["", *["the embeddings pass through a projection"] * 2]
+
+
 def test_an_absent_key_means_what_it_means_to_the_architecture() -> None:
     for name, tied in (("llama", False), ("gpt2", True), ("smollm3", True), ("gpt_neox", False), ("opt", True)):
         facts = read_facts(on_disk(VARIANTS[name]))
@@ -265,6 +274,23 @@ def test_the_lowering_says_all_that_changes_and_that_it_is_approximate(name: str
     assert {key for key in touched if "expert" not in key} <= stored
     flags = {entry["edit"]: entry["exact"] for entry in made.plan.lowering}
     assert flags == {0: True, 1: name == "olmo2" and choice == "rescale-earlier"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_names_without_the_prefix_and_several_files(name: str, tmp_path: Path) -> None:
+    tiny = VARIANTS[name]
+    program = Program.of(scales(), model=on_disk(tiny))
+    expected = compiled(program, on_disk(tiny), "rescale-earlier")[1].state_dict()
+    for path in (bare(tiny, tmp_path / "bare"), sharded(tiny, tmp_path / "sharded")):
+        found = compiled(program, path, "rescale-earlier")[1].state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(dtype: str) -> None:
+    path = on_disk(replace(VARIANTS["olmo2"], dtype=dtype))
+    error, base = errors(Program.of([Scale(1, "residual", (1, 5), 1.0)], model=path), path, "rescale-earlier")
+    assert error < 0.02 < 0.1 < base
 
 
 # ---- compensation -----------------------------------------------------------------------

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from austeer.compiler import CheckFailed, Program, Refused, Scale
 from austeer.compiler.certificate import text_logits
+from austeer.compiler.cli import main
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, read_manifest
@@ -153,6 +155,29 @@ def test_an_approximation_that_is_too_far_is_not_written(tmp_path: Path) -> None
     with pytest.raises(CheckFailed, match=r"more than .*, half that of the unedited base"):
         build(str(MODEL), [source], tmp_path / "out", approximate=True, settings=CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_the_option_on_the_command_line(tmp_path: Path) -> None:
+    command = ["build", str(MODEL), str(program(tmp_path, *SCALES)), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    without = CliRunner().invoke(main, [*command, "--json"])
+    assert without.exit_code == 1
+    assert "--approximate" in json.loads(without.stdout)["error"]
+    done = CliRunner().invoke(main, [*command, "--approximate", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["approximations"]["chosen"] == "rescale-later"
+    assert report["certificate"]["approximate"] is True
+
+
+def test_the_texts_of_the_user_are_measured(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time there was a little girl named Mia.\nTom went to the park.\n")
+    source = program(tmp_path, *SCALES)
+    report = build(str(MODEL), [source], tmp_path / "out", texts=texts, approximate=True, settings=CPU)
+    assert report.approximations is not None
+    assert report.certificate is not None
+    assert report.approximations.texts == report.certificate.texts == 2
+    assert report.approximations.base_mean_kl == pytest.approx(report.certificate.base_mean_kl)
 
 
 def test_a_dry_run_measures_nothing_and_says_that(tmp_path: Path) -> None:
