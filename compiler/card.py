@@ -24,8 +24,8 @@ class Words:
 
 
 STEERED = (
-    "Activation steering was compiled into it by `austeer-compile`: it behaves as\n"
-    "the base model would with the activation edits below applied at every token"
+    "Activation steering was compiled into it by `austeer-compile`: it behaves\n"
+    "{how}as the base model would with the activation edits below applied at every token"
 )
 FORMS: Mapping[str, Words] = {
     "checkpoint": Words(
@@ -78,6 +78,14 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 """
 
 
+APPROXIMATE = f"""\
+**This compilation is approximate**: no stock block can carry edits at site residual exactly. The other approximations
+and what each reached are in `{MANIFEST}` under `approximations`. An approximation is certified where its mean KL from
+the reference is at most half that of the unedited base.
+
+"""
+
+
 def render_card(
     program: Program,
     base: str,
@@ -111,9 +119,10 @@ def render_card(
     rows = [_row(edit) for edit in program.edits[:LISTED_EDITS]]
     if len(program.edits) > LISTED_EDITS:
         rows.append(f"| … | | | {len(program.edits) - LISTED_EDITS} more in `{MANIFEST}` |")
+    how = "approximately " if certificate and certificate.approximate else ""
     listed = "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
     body = BODY.format(
-        base=base, what=words.what.format(base=base), kept=words.kept, licence=stated, notes=listed,
+        base=base, what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
         sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
     )  # fmt: skip
@@ -160,5 +169,6 @@ def _measured(certificate: Certificate | None) -> str:
         f"{certificate.reference}:\n\n"
         "| | compiled | unedited base |\n|---|---|---|\n"
         f"{rows}\n\n"
+        f"{APPROXIMATE if certificate.approximate else ''}"
         f"The certificate {verdict}."
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "the base model with hooks (the interpreter)"
 LOGIT_BYTES = 2**29  # reference logits kept between the two models
+APPROXIMATION_SHARE = 0.5  # of the way from the base to the reference, an approximation has to go at least half
 GREEDY_TEXTS, GREEDY_PROMPT, GREEDY_TOKENS = 8, 16, 32
 
 
@@ -29,7 +30,7 @@ class Certificate:
 
     KL is D(reference ‖ other) in nats per token; top-1 agreement a fraction; `zeros` the fraction of the
     weights (all tensors of two dimensions or more) that are exactly zero. `dtype` is that of the measurement,
-    `stored` that of the checkpoint.
+    `stored` that of the checkpoint. `approximate`: some lowering is, and a rule of its own holds.
     """
 
     reference: str
@@ -49,6 +50,7 @@ class Certificate:
     zeros_before: float
     zeros_after: float
     edits: int
+    approximate: bool = False
 
     def failures(self) -> list[str]:
         """What keeps the certificate from holding; empty if it holds."""
@@ -73,6 +75,10 @@ class Certificate:
             self.base_mean_kl > 0 or not self.edits,
             "the program makes no difference to the base on these texts, so equality proves nothing",
         )
+        if self.approximate:
+            limit = APPROXIMATION_SHARE * self.base_mean_kl
+            found = f"mean KL is {self.mean_kl:.3g} nats, more than {limit:.3g}, half that of the unedited base"
+            return [changed, (self.mean_kl <= limit, found)]
         if self.stored == "float32":
             limit = max(1e-4, 1e-5 * self.max_abs_logit)
             found = f"max |Δlogit| is {self.max_abs_logit_diff:.3g}, more than {limit:.3g}"
@@ -91,6 +97,7 @@ class Certificate:
     @staticmethod
     def from_plain(values: dict[str, Any]) -> "Certificate":
         """The inverse of `plain`; KeyError if a field is missing."""
+        values = {"approximate": False, **values}  # written before there were approximations
         return Certificate(**{field.name: values[field.name] for field in fields(Certificate)})
 
 

@@ -52,6 +52,10 @@ FORM = click.option(
     show_default=True,
     help="What to write.",
 )
+APPROXIMATE = click.option(
+    "--approximate", is_flag=True,
+    help="Compile Scale at residual too: by the approximation with the least measured KL, which is said everywhere.",
+)  # fmt: skip
 RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
     click.option(
@@ -131,6 +135,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
 @click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@APPROXIMATE
 @TARGET
 @FORM
 @REVISION
@@ -151,6 +156,7 @@ def steer(**arguments: Any) -> Any:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the checkpoint goes; must not exist.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Texts or pairs to certify the result on.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@APPROXIMATE
 @TARGET
 @FORM
 @REVISION

@@ -11,6 +11,7 @@ from austeer.compiler.errors import CheckpointError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.form import ModelForm, Slot, output_config, slots
 from austeer.compiler.patch import Role
+from austeer.compiler.stream import STREAMS, StreamRole
 from austeer.compiler.tensors import TensorInfo
 
 Shape = tuple[int, ...]
@@ -67,6 +68,15 @@ class Layout:
             return self._tensor(f"{self.block(layer)}{norm}.bias") if norm else None
         linear = self.facts.projection(role)
         return self._tensor(self.name(layer, linear) + ".bias") if self.facts.has_bias(linear) else None
+
+    def stream(self, layer: int | None, role: StreamRole) -> list[TensorInfo]:
+        """The weights that begin, read or norm the residual stream; the residual axis is their last."""
+        place = self.prefix if layer is None else self.block(layer)
+        names = STREAMS[self.facts.architecture.model_type].names(role)
+        tensors = [self._tensor(f"{place}{name}.weight") for name in names]
+        for tensor in tensors:
+            self._require(tensor.name, (*tensor.shape[:-1], self.facts.geometry.residual))
+        return tensors
 
     def require_shapes(self) -> None:
         """CheckpointError for the first tensor that is missing or has another shape than config.json promises."""

@@ -9,6 +9,7 @@ import numpy as np
 from austeer.compiler.edits import Edit, Floats
 from austeer.compiler.errors import SpaceError
 from austeer.compiler.sites import Space
+from austeer.compiler.stream import StreamRole
 
 Role = Literal["attn_out", "ffn_out", "block"]
 """The output projection of the attention or the FFN; `block` is what comes last in a block that norms their outputs."""
@@ -100,7 +101,10 @@ class Affine:
 
 @dataclass(frozen=True)
 class Touch:
-    """Edit number `edit` of the program changes these rows and columns of a projection's part; None is all."""
+    """Edit number `edit` of the program changes these rows and columns of a projection's part; None is all.
+
+    `exact`: whether that, with the edit's other touches, does exactly what the edit says.
+    """
 
     edit: int
     layer: int
@@ -108,15 +112,35 @@ class Touch:
     part: Part
     rows: tuple[int, ...] | None
     columns: tuple[int, ...] | None = None
+    exact: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """What begins, reads or norms the residual stream: its weight, along the residual axis, times `factors`.
+
+    `layer` is None outside the blocks. `touches` are the numbers of the edits it is for, each with its units;
+    None is all.
+    """
+
+    layer: int | None
+    role: StreamRole
+    factors: Floats  # [residual]
+    touches: tuple[tuple[int, tuple[int, ...] | None], ...]
+    exact: bool
 
 
 @dataclass(frozen=True)
 class Patch:
-    """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer."""
+    """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer.
+
+    `stream`: at most one Rescale per layer and role, where the residual stream is kept in other units.
+    """
 
     operations: tuple[Affine, ...]
     touches: tuple[Touch, ...]
     values: Mapping[int, Vector] = field(default_factory=dict[int, Vector])
+    stream: tuple[Rescale, ...] = ()
 
 
 def _scaled(vector: Floats, units: tuple[int, ...], factors: Floats) -> Floats:

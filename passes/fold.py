@@ -23,7 +23,7 @@ def fold(program: Program, facts: ModelFacts, form: ModelForm) -> Patch:
     in_order = sorted(program.edits, key=lambda edit: (edit.layer, SITES.index(edit.site)))
     for edit in in_order:
         key = (edit.layer, facts.role(edit))
-        forms.setdefault(key, _identity(*key, facts))
+        forms.setdefault(key, identity(*key, facts))
         if isinstance(edit, Shift) and form.routes.get(key) == "value-bias":
             values[edit.layer] = _sum(values.get(edit.layer), Vector(edit.space, edit.vector))
         else:
@@ -36,7 +36,8 @@ def fold(program: Program, facts: ModelFacts, form: ModelForm) -> Patch:
     return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches), values)
 
 
-def _identity(layer: int, role: Role, facts: ModelFacts) -> Affine:
+def identity(layer: int, role: Role, facts: ModelFacts) -> Affine:
+    """A projection of this model as it is."""
     geometry = facts.geometry
     if role == "block":
         return Affine.identity(layer, role, geometry.residual, 1)  # a norm's weight: one column
@@ -78,11 +79,12 @@ def _touches(number: int, edit: Edit, form: Affine, facts: ModelFacts) -> Iterab
         yield Touch(*where, "weight", None if at_input else edit.units, edit.units if at_input else None)
     if at_input and form.t.any():
         yield Touch(*where, "bias", None)  # the constant passes through what this edit changed
-    elif isinstance(edit, Scale) and not at_input and (form.adds_bias or _has_bias(form.role, facts)):
+    elif isinstance(edit, Scale) and not at_input and (form.adds_bias or has_bias(form.role, facts)):
         yield Touch(*where, "bias", edit.units)
 
 
-def _has_bias(role: Role, facts: ModelFacts) -> bool:
+def has_bias(role: Role, facts: ModelFacts) -> bool:
+    """Whether the base has a bias there."""
     return role == "block" or facts.has_bias(facts.projection(role))
 
 

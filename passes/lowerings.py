@@ -17,7 +17,10 @@ WHY: Mapping[Treatment, str] = {
 }
 UNANNOUNCED = "transformers has no {name} in {architecture}, whatever {target} does with it: it would be two models"
 NORMED = "the architecture norms what its projections write, so no bias is a constant shift there"
-SCALED_RESIDUAL = "the residual stream is read through a norm, so no weight of a stock block scales it"
+SCALED_RESIDUAL = (
+    "the residual stream is read through a norm, so no weight of a stock block scales it; --approximate compiles the "
+    "nearest that one can do, measured and marked"
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from austeer.compiler.staging import clone_file, copy_file, copy_range, create_f
 from austeer.compiler.tensors import TensorInfo, nbytes_of, render_header
 from austeer.targets.constants import Constants, Place, constants_of
 from austeer.targets.shards import Copy, Fill, Job, Shard, Zeros
+from austeer.targets.stream import stream_jobs, stream_lowering
 
 EDITABLE = ("F32", "F16", "BF16")
 REPORT = "this is a defect of austeer-compile, please report it"
@@ -107,6 +108,9 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     for tensor, vector in constants.rewritten.items():
         _require_editable(tensor)
         jobs.append(Job(_new_name(tensor, output), tensor, (), vector))
+    for job in stream_jobs(patch, output):
+        _require_editable(job.tensor)
+        jobs.append(job)
     _require_once(jobs)
     jobs = sorted(filter(attrgetter("nbytes"), jobs), key=lambda job: (job.tensor.file.name, job.tensor.offset))
     shards = _shards(output, jobs, [Fill(info, constants.filled.get(name)) for name, info in output.added.items()])
@@ -118,7 +122,7 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
         output.config,
         shards,
         texts,
-        tuple(_lowering(patch, output, constants)),
+        (*_lowering(patch, output, constants), *stream_lowering(patch, output)),
         tuple(name for name in kept if name not in (*layout.checkpoint.shards, *texts)),
         tuple(left_out),
     )
@@ -281,7 +285,7 @@ def _lowering(patch: Patch, output: OutputLayout, constants: Constants) -> Itera
         if touch.part == "bias":
             for name, axes in constants.places(touch.layer, touch.role, rows):
                 companions.discard(name)
-                yield {"edit": touch.edit, "tensor": name, "slice": axes, "exact": True}
+                yield {"edit": touch.edit, "tensor": name, "slice": axes, "exact": touch.exact}
             continue
         axes = [columns, rows] if layout.facts.architecture.transposed else [rows, columns]
         for tensor in layout.weights(touch.layer, touch.role):
@@ -290,7 +294,7 @@ def _lowering(patch: Patch, output: OutputLayout, constants: Constants) -> Itera
                 "edit": touch.edit,
                 "tensor": _new_name(tensor, output),
                 "slice": [rows] if len(tensor.shape) == 1 else [*whole_axes, *axes],
-                "exact": True,
+                "exact": touch.exact,
             }
     for name in output.added:  # what only has to be there, as zeros: for the first edit that needs any of it
         if name in companions:

@@ -1,37 +1,42 @@
 """build: model + programs → compiled checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.errors import UsageError
-from austeer.compiler.live import load_tokenizer
-from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import encode_texts
+from austeer.compiler.staging import require_place
+from austeer.compiler.tokens import Tokens
+from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for
 from austeer.compiler.verbs.common import (
     FORM,
+    Base,
     Compiled,
     GgufBase,
     Settings,
     certificate_dtype,
+    measuring_texts,
     open_any_base,
     write_compiled,
 )
 from austeer.passes.compose import compose
 from austeer.targets.checkpoint import NEW_SHARD, Plan
 
+UNMEASURED = "approximate: this is one of the plans; which one is nearest is measured when the checkpoint is written"
+
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was, or with `dry_run` would be, written."""
+    """What was, or with `dry_run` would be, written. `approximations` where one had to be chosen."""
 
     out: str | None
     compiled: Compiled
     certificate: Certificate | None
     notes: tuple[str, ...]
+    approximations: Approximations | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -45,6 +50,7 @@ class BuildReport:
             **self._costs(),
             "lowering": list(plan.lowering),
             "left_out": list(plan.left_out),
+            "approximations": self.approximations.plain() if self.approximations else None,
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -73,36 +79,41 @@ def build(
     form: str = FORM,
     revision: str | None = None,
     texts: str | Path | None = None,
+    approximate: bool = False,
     dry_run: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> BuildReport:
     """Compiles programs into a model and writes the checkpoint at `out`; imports neither torch nor transformers.
 
     With `texts` (a file of texts or pairs) the result is certified on them first, which does load the model.
+    With `approximate` a program without an exact lowering is compiled too, by the approximation that is nearest
+    on the texts, or on text sampled from the base; the certificate says so, and has a rule of its own.
     With `dry_run`, or no `out`, nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
     """
     program, notes = compose([Program.load(path) for path in programs])
     base = open_any_base(model, revision, form)
-    compiled = Compiled.of(program, base, target, form)
+    compiled = compile_for(program, base, target, form, approximate=approximate)
     notes += (*compiled.plan.notes, *base.notes)
+    inexact = compiled.approximation is not None
     if dry_run or out is None:
-        return BuildReport(None, compiled, None, notes)
-    check = None
-    if texts is not None:
-        check, notes = _certifier(compiled, texts, settings, notes)
-    certificate = write_compiled(compiled, Path(out), certify=check)
-    return BuildReport(str(out), compiled, certificate, notes)
-
-
-def _certifier(compiled: Compiled, texts: str | Path, settings: Settings, notes: tuple[str, ...]) -> Any:
-    base = compiled.base
-    if isinstance(base, GgufBase):
+        return BuildReport(None, compiled, None, (*notes, UNMEASURED) if inexact else notes)
+    require_place(Path(out))  # now, not after all is measured
+    check, table = None, None
+    if isinstance(base, GgufBase) and texts is not None:
         raise UsageError(f"--texts: {base.notes[0]}")
-    length = settings.length_for(base.checkpoint.config)
-    tokens, cut = encode_texts(load_tokenizer(base.path), read_texts(texts), length)
-    dtype, kept = certificate_dtype(base, settings)
+    if isinstance(base, Base) and (inexact or texts is not None):
+        tokens, cut = measuring_texts(base, texts, settings)
+        if inexact:
+            compiled, table = choose_approximation(compiled, tokens, settings, Path(out))
+        dtype, kept = certificate_dtype(base, settings)
+        check = _certifier(compiled, tokens, dtype, settings)
+        notes += (*cut, *kept)
+    extra = {"approximations": table.plain()} if table else None
+    certificate = write_compiled(compiled, Path(out), certify=check, extra=extra)
+    return BuildReport(str(out), compiled, certificate, notes, table)
 
-    def check(folder: Path) -> Certificate:
-        return compiled.certify(folder, tokens, dtype, settings.device)
 
-    return check, (*notes, *cut, *kept)
+def _certifier(
+    compiled: Compiled, texts: Sequence[Tokens], dtype: str, settings: Settings
+) -> Callable[[Path], Certificate]:
+    return lambda folder: compiled.certify(folder, texts, dtype, settings.device)

@@ -3,25 +3,28 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.compiler.card import read_card, render_card
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.checkpoint import Checkpoint
-from austeer.compiler.errors import CheckFailed, UsageError
+from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.gguf import read_gguf
 from austeer.compiler.layout import Layout
-from austeer.compiler.live import best_device, fits_in_float32
+from austeer.compiler.live import best_device, fits_in_float32, load_model, load_tokenizer
 from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, render, tool_versions
+from austeer.compiler.neutral import sample_neutral
+from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
 from austeer.compiler.target import Target, target_named
-from austeer.compiler.tokens import Chat, Tokens
-from austeer.compiler.verbs.forms import form_named
+from austeer.compiler.tokens import Chat, Tokens, encode_texts
+from austeer.compiler.verbs.forms import form_named, plan_rescaled
+from austeer.passes.rescale import Rescaling
 from austeer.targets.checkpoint import Writing
 from austeer.targets.hub import Fetched, content_sha256, fetch
 from austeer.targets.tables import TARGETS
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGET, FORM, GGUF_TARGET = "transformers", "checkpoint", "llama.cpp"
+SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -132,19 +136,40 @@ def target_for(name: str | None, form: str) -> Target:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program compiled into a base for a target, in a form: all that is decided before anything is written."""
+    """A program compiled into a base for a target, in a form: all that is decided before anything is written.
+
+    `approximation`: which one, where the program has no exact lowering.
+    """
 
     program: Program
     base: Base | GgufBase
     target: str
     form: str
     plan: Any  # as its form makes it, a Planned
+    approximation: Rescaling | None = None
 
     @staticmethod
-    def of(program: Program, base: Base | GgufBase, target: str | None = None, form: str = FORM) -> "Compiled":
+    def of(
+        program: Program,
+        base: Base | GgufBase,
+        target: str | None = None,
+        form: str = FORM,
+        approximation: Rescaling | None = None,
+    ) -> "Compiled":
         """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
         chosen, engine = form_named(form), target_for(target, form)
-        return Compiled(program, base, engine.name, form, chosen.plan(program, base.source, engine, base.fetched.id))
+        if approximation is None:
+            plan = chosen.plan(program, base.source, engine, base.fetched.id)
+            return Compiled(program, base, engine.name, form, plan)
+        if form != FORM or not isinstance(base, Base):
+            raise Refused(f"an approximation is written as a {FORM}, not as {form}; compile it first, then convert it")
+        plan = plan_rescaled(program, base.layout, engine, approximation)
+        return Compiled(program, base, engine.name, form, plan, approximation)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every edit is carried exactly."""
+        return all(entry["exact"] for entry in self.plan.lowering)
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Writes the form's files into an empty folder."""
@@ -154,13 +179,33 @@ class Compiled:
         """For each file of `out`, "ok" or what is wrong with it."""
         return form_named(self.form).compare(self.plan, out)
 
+    def load(self, out: Path, dtype: str, device: str) -> "PreTrainedModel":
+        """What lies in `out` as a live model."""
+        return form_named(self.form).load(self.plan, out, self.base.path, dtype, device)
+
     def certify(self, out: Path, texts: Sequence[Tokens], dtype: str, device: str) -> Certificate:
         """Measures what lies in `out` against the interpreter."""
 
         def load() -> "PreTrainedModel":
-            return form_named(self.form).load(self.plan, out, self.base.path, dtype, device)
+            return self.load(out, dtype, device)
 
-        return certify(self.base.path, self.program, texts, load, dtype=dtype, device=device)
+        measured = certify(self.base.path, self.program, texts, load, dtype=dtype, device=device)
+        return replace(measured, approximate=not self.exact)
+
+
+def measuring_texts(
+    base: Base, texts: str | Path | None, settings: Settings
+) -> tuple[Sequence[Tokens], tuple[str, ...]]:
+    """The texts of a file of texts or pairs, or, without one, texts sampled from the base; and notes."""
+    if texts is None:
+        dtype, _ = certificate_dtype(base, settings)
+        return sample_texts(base, load_model(base.path, dtype=dtype, device=settings.device), settings.seed), ()
+    return encode_texts(load_tokenizer(base.path), read_texts(texts), settings.length_for(base.checkpoint.config))
+
+
+def sample_texts(base: Base, model: "PreTrainedModel", seed: int) -> Sequence[Tokens]:
+    """16 texts of at most 64 tokens, sampled from the base."""
+    return sample_neutral(model, load_tokenizer(base.path), SAMPLED_TEXTS, SAMPLED_TOKENS, seed)
 
 
 def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:

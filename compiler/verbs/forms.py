@@ -21,6 +21,7 @@ from austeer.compiler.target import Target
 from austeer.compiler.tensors import read_header
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
+from austeer.passes.rescale import Rescaling, rescale
 from austeer.targets import checkpoint, gguf, gguf_patch, lora, model_code
 from austeer.targets.checkpoint import Plan, Writing
 from austeer.targets.gguf import GgufPlan
@@ -83,6 +84,12 @@ def form_named(name: str) -> Form:
 def _plan_checkpoint(program: Program, layout: Layout, target: Target, _: str) -> Plan:
     form = legalize(program, layout.facts, target)
     return checkpoint.plan(fold(program, layout.facts, form), layout, form)
+
+
+def plan_rescaled(program: Program, layout: Layout, target: Target, choice: Rescaling) -> Plan:
+    """The plan of a checkpoint whose residual stream is kept in other units; see passes.rescale."""
+    form, patch = rescale(program, layout.facts, target, choice)
+    return checkpoint.plan(patch, layout, form)
 
 
 def _load_checkpoint(plan: Plan, out: Path, _: Path, dtype: str, device: str) -> "PreTrainedModel":

@@ -16,6 +16,7 @@ from austeer.compiler.measure import Effect
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.text import render
+from austeer.compiler.verbs.approximate import Approximations
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.importing import Imported
@@ -51,6 +52,7 @@ def _(report: BuildReport) -> None:
         console.print(f"{rewritten:,} bytes of the base rewritten, working memory up to {memory:.0f} MB")
     if plan.left_out:
         console.print(f"Left out (not part of the checkpoint): {', '.join(plan.left_out)}", markup=False)
+    _approximations(report.approximations)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -71,6 +73,7 @@ def _(report: Steering) -> None:
         f"Edited {choice.k} {components} at site {report.site} with alpha {choice.alpha:.4g}{penalty}; "
         f"drift {choice.drift:.4f} nats per token"
     )
+    _approximations(report.approximations)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -108,7 +111,9 @@ def _(report: Verification) -> None:
     for problem in report.problems:
         _console().print(f"FAILED: {problem}", markup=False)
     if report.passed:
-        _console().print("Verified: the checkpoint is its base with exactly this program folded in.")
+        approximately = report.certificate is not None and report.certificate.approximate
+        how = "this program folded in approximately" if approximately else "exactly this program folded in"
+        _console().print(f"Verified: the checkpoint is its base with {how}.")
 
 
 @show.register
@@ -194,6 +199,20 @@ def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str])
         _console().print(f"Written: {out}", markup=False)
 
 
+def _approximations(found: Approximations | None) -> None:
+    if found is None:
+        return
+    rows = [("unedited base", f"{found.base_mean_kl:.4g}", f"{found.base_top1_agreement:.4f}", "")] + [
+        (c.name, f"{c.mean_kl:.4g}", f"{c.top1_agreement:.4f}", "<-" if c.name == found.chosen else "")
+        if c.mean_kl is not None
+        else (c.name, "-", "-", c.refusal)
+        for c in found.candidates
+    ]
+    columns = ("approximation", "mean KL", "top-1", "")
+    _table(f"Approximations, measured on {found.tokens} tokens", columns, rows, all_rows=True)
+    _console().print("Approximate: no stock block carries edits at site residual exactly.")
+
+
 def _certificate(certificate: Certificate) -> None:
     title = f"Certificate: against {certificate.reference}, {certificate.dtype}, {certificate.tokens} tokens"
     _table(
@@ -203,7 +222,8 @@ def _certificate(certificate: Certificate) -> None:
     )
     same = "equal" if certificate.greedy_equal else "not equal"
     zeros = f"zero weights {certificate.zeros_before:.4%} -> {certificate.zeros_after:.4%}"
-    verdict = "It holds." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
+    rule = " as an approximation" if certificate.approximate else ""
+    verdict = f"It holds{rule}." if certificate.passed else f"It does NOT hold: {'; '.join(certificate.failures())}."
     _console().print(f"Greedy text {same}; {zeros}. {verdict}", highlight=False)
 
 

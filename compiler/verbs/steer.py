@@ -1,7 +1,7 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
+from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for, is_inexact
 from austeer.compiler.verbs.common import (
     FORM,
     Base,
-    Compiled,
     Settings,
     certificate_dtype,
     open_base,
@@ -28,7 +28,10 @@ from austeer.passes.legalize import refusal
 
 @dataclass(frozen=True)
 class Steering:
-    """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only)."""
+    """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only).
+
+    `approximations` where one had to be chosen.
+    """
 
     out: str | None
     program: Program
@@ -37,6 +40,7 @@ class Steering:
     choice: Choice
     certificate: Certificate | None
     notes: tuple[str, ...]
+    approximations: Approximations | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -47,6 +51,7 @@ class Steering:
             "method": self.method,
             "site": self.site,
             **_plain(self.choice),
+            "approximations": self.approximations.plain() if self.approximations else None,
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -66,6 +71,7 @@ def steer(
     max_drift: float = 0.1,
     neutral: str | Path | None = None,
     program_only: bool = False,
+    approximate: bool = False,
     target: str | None = None,
     form: str = FORM,
     revision: str | None = None,
@@ -76,7 +82,8 @@ def steer(
     The method "austeer" scales units of one site, default ffn; "steer2edit" adds rank-1 edits of heads, neurons or,
     by default, both. What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy
     with a mean KL to the base on neutral text of at most `max_drift`; Steer2Edit's `rho` and `l1_ratio` together
-    stand for both. With `program_only`, `out` is a program file.
+    stand for both. With `program_only`, `out` is a program file. With `approximate` the site may be residual,
+    compiled by the approximation nearest on held-out text.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     chosen, out = method_named(method), Path(out)
@@ -86,20 +93,24 @@ def steer(
     base = open_base(model, revision)
     _require_units(goal, base)
     if not program_only:
-        _require_foldable(goal, base, target, form)
+        _require_foldable(goal, base, target, form, approximate=approximate)
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
         return _report(out, method, goal, finding, None, ())
-    compiled = Compiled.of(finding.program, base, target, form)
+    compiled = compile_for(finding.program, base, target, form, approximate=approximate)
+    table, extra = None, {"steer": _record(method, goal, finding, Path(pairs), settings.seed)}
+    if compiled.approximation is not None:
+        compiled, table = choose_approximation(compiled, finding.texts, settings, out)
+        extra["approximations"] = table.plain()
     dtype, kept = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    extra = {"steer": _record(method, goal, finding, Path(pairs), settings.seed)}
     certificate = write_compiled(compiled, out, certify=check, extra=extra)
-    return _report(out, method, goal, finding, certificate, (*kept, *compiled.plan.notes))
+    report = _report(out, method, goal, finding, certificate, (*kept, *compiled.plan.notes))
+    return replace(report, approximations=table)
 
 
 def _sites(name: str, method: Method, site: str | None) -> tuple[SiteName, ...]:
@@ -110,12 +121,17 @@ def _sites(name: str, method: Method, site: str | None) -> tuple[SiteName, ...]:
     return (site_named(site),)
 
 
-def _require_foldable(goal: Goal, base: Base, target: str | None, form: str) -> None:
+def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, approximate: bool) -> None:
     """Refused, before any model is run, where no layer can carry an edit at any of the sites."""
-    engine, layers = target_for(target, form), range(base.facts.geometry.layers)
     if form == "model-code":  # carries every edit
         return
-    reasons = [refusal(goal.method.probe(layer, site), base.facts, engine) for site in goal.sites for layer in layers]
+    engine, layers = target_for(target, form), range(base.facts.geometry.layers)
+    probes = [goal.method.probe(layer, site) for site in goal.sites for layer in layers]
+    whole = Program(base.facts.geometry, tuple(probes))
+    if approximate and is_inexact(whole, base):
+        compile_for(whole, base, target, form, approximate=True)
+        return
+    reasons = [refusal(probe, base.facts, engine) for probe in probes]
     if all(reasons):
         raise Refused(
             f"steering at site {goal.place} cannot be compiled: {reasons[0]}; "

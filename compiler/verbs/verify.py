@@ -9,18 +9,23 @@ from typing import Any
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.errors import UsageError
-from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
-from austeer.compiler.neutral import sample_neutral
-from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import Tokens, encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Compiled, GgufBase, Settings, certificate_dtype, open_any_base
+from austeer.compiler.tokens import take_tokens
+from austeer.compiler.verbs.approximate import recorded_approximation
+from austeer.compiler.verbs.common import (
+    Base,
+    Compiled,
+    GgufBase,
+    Settings,
+    certificate_dtype,
+    measuring_texts,
+    open_any_base,
+)
 from austeer.compiler.verbs.engines import check_engines
 from austeer.targets.engines.registry import engine_named
 
 CHUNK = 2**24
-SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,14 @@ def verify(
     problems = list(_identity_problems(manifest, program, opened))
     if problems:  # with another base or program the rest would only repeat this
         return Verification(tuple(problems), {}, None, ())
-    compiled = Compiled.of(program, opened, manifest["target"], manifest["form"])
+    approximation = recorded_approximation(manifest, program, opened)
+    compiled = Compiled.of(program, opened, manifest["target"], manifest["form"], approximation)
     files = compiled.compare(out)
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
     if isinstance(opened, GgufBase):
         return Verification(tuple(problems), files, None, opened.notes)
     dtype, notes = certificate_dtype(opened, settings)
-    tokens, cut = _tokens(opened, texts, dtype, settings)
+    tokens, cut = measuring_texts(opened, texts, settings)
     certificate = compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device)
     checks, wrong = check_engines(asked, opened.path, out, program, tokens, form=compiled.form)
     problems += [*certificate.failures(), *wrong]
@@ -118,14 +124,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _tokens(
-    base: Base, texts: str | Path | None, dtype: str, settings: Settings
-) -> tuple[Sequence[Tokens], tuple[str, ...]]:
-    """The user's texts, or texts sampled from the base; and notes."""
-    tokenizer = load_tokenizer(base.path)
-    if texts is not None:
-        return encode_texts(tokenizer, read_texts(texts), settings.length_for(base.checkpoint.config))
-    model = load_model(base.path, dtype=dtype, device=settings.device)
-    return sample_neutral(model, tokenizer, SAMPLED_TEXTS, SAMPLED_TOKENS, settings.seed), ()

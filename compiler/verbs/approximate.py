@@ -1,0 +1,122 @@
+"""Programs without an exact lowering: each approximation is written, measured, and the nearest chosen."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from austeer.compiler.certificate import Reference, compare, observe, stored_dtype
+from austeer.compiler.live import load_model
+from austeer.compiler.program import Program
+from austeer.compiler.tokens import Tokens
+from austeer.compiler.verbs.common import Base, Compiled, GgufBase, Settings, certificate_dtype, sample_texts
+from austeer.passes.compensate import compensate
+from austeer.passes.rescale import Rescaling, needs_rescaling, rescaling_named, rescalings
+from austeer.targets.checkpoint import Writing
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One approximation: how far it is from the reference (KL in nats per token), or why it is not legal."""
+
+    name: str
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Approximations:
+    """All candidates on the same texts, the unedited base's figures there, and the candidate of least KL.
+
+    `norms`: what the norms that read the stream are multiplied with in the chosen one.
+    """
+
+    chosen: str
+    norms: tuple[float, ...]
+    texts: int
+    tokens: int
+    base_mean_kl: float
+    base_top1_agreement: float
+    candidates: tuple[Candidate, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "candidates": [asdict(candidate) for candidate in self.candidates]}
+
+
+def is_inexact(program: Program, base: Base | GgufBase) -> bool:
+    """Whether some edit has an approximation and nothing else, in plain weights."""
+    return isinstance(base, Base) and any(needs_rescaling(edit, base.facts) for edit in program.edits)
+
+
+def compile_for(
+    program: Program, base: Base | GgufBase, target: str | None, form: str, *, approximate: bool
+) -> Compiled:
+    """The program compiled exactly or, if there is no such way and that is wanted, by the first legal approximation.
+
+    Raises as Compiled.of does.
+    """
+    exactly = form == "model-code" or not (approximate and is_inexact(program, base))
+    if exactly or isinstance(base, GgufBase):
+        return Compiled.of(program, base, target, form)
+    first = next(choice for choice in rescalings(program, base.facts) if not choice.refusal)
+    return Compiled.of(program, base, target, form, first)
+
+
+def recorded_approximation(manifest: dict[str, Any], program: Program, base: Base | GgufBase) -> Rescaling | None:
+    """The approximation that a manifest says was chosen; Refused if the program has none of that name."""
+    record = manifest.get("approximations")
+    if record is None or isinstance(base, GgufBase):
+        return None
+    return replace(rescaling_named(record["chosen"], program, base.facts), norms=tuple(record["norms"]))
+
+
+def choose_approximation(
+    first: Compiled, texts: Sequence[Tokens], settings: Settings, place: Path
+) -> tuple[Compiled, Approximations]:
+    """Of an approximated program the approximation with the least mean KL from the interpreter on the texts.
+
+    What is fitted is fitted on other text, sampled from the base. Every legal one is then written to a temporary
+    folder beside `place`, one after the other, and loaded.
+    """
+    program, base = first.program, first.base
+    assert isinstance(base, Base), "a GGUF has no approximation"
+    dtype, _ = certificate_dtype(base, settings)
+    model = load_model(base.path, dtype=dtype, device=settings.device)
+    choices = rescalings(program, base.facts)
+    fitted = compensate(
+        model, program, [c for c in choices if not c.refusal], sample_texts(base, model, settings.seed + 1)
+    )
+    reference = observe(model, program, texts)
+    del model
+    legal = [Compiled.of(program, base, first.target, first.form, choice) for choice in fitted]
+    measured = [_measured(compiled, reference, dtype, settings.device, place) for compiled in legal]
+    best, _ = min(zip(legal, measured, strict=True), key=lambda pair: pair[1].mean_kl or 0.0)
+    refused = [Candidate(choice.name, refusal=choice.refusal) for choice in choices if choice.refusal]
+    return best, _table(best, (*measured, *refused), reference)
+
+
+def _measured(compiled: Compiled, reference: Reference, dtype: str, device: str, place: Path) -> Candidate:
+    assert compiled.approximation is not None
+    name = compiled.approximation.name
+    with TemporaryDirectory(prefix=f".{place.name}.{name}.", dir=place.parent) as folder:
+        compiled.write(Path(folder), Writing())
+        model = compiled.load(Path(folder), dtype, device)
+        figures = compare(model, reference, stored=stored_dtype(compiled.base.path))
+    return Candidate(name, figures.mean_kl, figures.top1_agreement)
+
+
+def _table(best: Compiled, candidates: tuple[Candidate, ...], reference: Reference) -> Approximations:
+    assert best.approximation is not None
+    base, choice = reference.base, best.approximation
+    return Approximations(
+        choice.name,
+        choice.norms,
+        len(reference.texts),
+        base.tokens,
+        base.kl / base.tokens,
+        base.agreeing / base.tokens,
+        candidates,
+    )
