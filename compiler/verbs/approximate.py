@@ -1,12 +1,13 @@
 """Programs without an exact lowering: each approximation is written, measured, and the nearest chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from austeer.compiler.certificate import Reference, compare, observe, stored_dtype
+from austeer.compiler.edits import Edit
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
@@ -46,9 +47,9 @@ class Approximations:
         return {**asdict(self), "candidates": [asdict(candidate) for candidate in self.candidates]}
 
 
-def is_inexact(program: Program, base: Base | GgufBase) -> bool:
+def are_inexact(edits: Iterable[Edit], base: Base | GgufBase) -> bool:
     """Whether some edit has an approximation and nothing else, in plain weights."""
-    return isinstance(base, Base) and any(needs_rescaling(edit, base.facts) for edit in program.edits)
+    return isinstance(base, Base) and any(needs_rescaling(edit, base.facts) for edit in edits)
 
 
 def compile_for(
@@ -58,7 +59,7 @@ def compile_for(
 
     Raises as Compiled.of does.
     """
-    exactly = form == "model-code" or not (approximate and is_inexact(program, base))
+    exactly = form == "model-code" or not (approximate and are_inexact(program.edits, base))
     if exactly or isinstance(base, GgufBase):
         return Compiled.of(program, base, target, form)
     first = next(choice for choice in rescalings(program, base.facts) if not choice.refusal)

@@ -11,7 +11,7 @@ from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
-from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for, is_inexact
+from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
 from austeer.compiler.verbs.common import (
     FORM,
     Base,
@@ -127,9 +127,8 @@ def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, 
         return
     engine, layers = target_for(target, form), range(base.facts.geometry.layers)
     probes = [goal.method.probe(layer, site) for site in goal.sites for layer in layers]
-    whole = Program(base.facts.geometry, tuple(probes))
-    if approximate and is_inexact(whole, base):
-        compile_for(whole, base, target, form, approximate=True)
+    if approximate and are_inexact(probes, base):
+        compile_for(Program(base.facts.geometry, tuple(probes)), base, target, form, approximate=True)
         return
     reasons = [refusal(probe, base.facts, engine) for probe in probes]
     if all(reasons):
