@@ -80,7 +80,7 @@ def markdown() -> str:
 
 
 SHIFTED: tuple[SiteName, ...] = ("heads", "attn", "ffn", "residual")
-LETTERS = {"bias": "b", "value-bias": "v", "split-layer": "s", "constant-layer": "c", "norm": "n"}
+LETTERS = {"bias": "b", "value-bias": "v", "split-layer": "s", "constant-layer": "c"}
 
 
 def _letter(support: Support, target: str, architecture: str, site: SiteName) -> str:
