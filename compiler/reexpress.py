@@ -43,6 +43,8 @@ def _window(config: Config, default: int | None) -> int | None:
 
 
 def _blocked_mistral(config: Config) -> str | None:
+    if config.get("hidden_size", 0) % config.get("num_attention_heads", 1):
+        return "its width is no multiple of its heads, which llama's must be in transformers"
     window = _window(config, 4096)
     return f"its attention slides over {window} tokens, which llama's does not" if window else _odd_rope(config)
 

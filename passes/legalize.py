@@ -118,9 +118,6 @@ def refusal(edit: Edit, facts: ModelFacts, target: Target) -> str | None:
 
 def _hindrance(lowering: Lowering, edits: Sequence[Edit], facts: ModelFacts) -> str:
     """Why these very edits cannot go this way; empty if they can."""
-    layer = edits[0].layer
-    if lowering.route == "bias" and facts.role(edits[0]) == "ffn_out" and facts.has_experts(layer):
-        return "the layer is a mixture of experts, which has no bias of its own; use site heads or attn"
     if lowering.route == "value-bias":
         return "; ".join(_not_by_values(edits, facts))
     return ""

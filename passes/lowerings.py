@@ -78,18 +78,17 @@ def unkept(linears: Iterable[Linear], architecture: str, target: Target) -> str 
 
 def _shared(kind: type[Edit], site: str, architecture: str, target: Target, *, post_norm: bool) -> list[Lowering] | str:
     """What every member keeps in one and the same form."""
-    lists: list[list[Lowering]] = []
-    for member in target.members:
-        found = lowerings(kind, site, architecture, member, post_norm=post_norm)
-        if isinstance(found, str):
-            return found
-        lists.append(found)
+    found = [lowerings(kind, site, architecture, member, post_norm=post_norm) for member in target.members]
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    if reasons:
+        return "; ".join(dict.fromkeys(reasons))
+    lists = [ways for ways in found if not isinstance(ways, str)]
     shared = [lowering for lowering in lists[0] if all(lowering in others for others in lists)]
     if shared:
         return shared
     ways = (
-        f"{member.title} {' or '.join(way.describe(architecture) for way in found)}"
-        for member, found in zip(target.members, lists, strict=True)
+        f"{member.title} {' or '.join(way.describe(architecture) for way in ways)}"
+        for member, ways in zip(target.members, lists, strict=True)
     )
     return f"no one form is kept by all: {'; '.join(ways)}"
 
@@ -145,4 +144,11 @@ def why_not(kind: type[Edit], site: str, architecture: str, target: Target, *, p
     at_attention = site in ("heads", "attn")
     linear, treatment = (entry.attn_out, row.attn) if at_attention else (entry.ffn_out, row.ffn)
     why = WHY.get(treatment, UNANNOUNCED)
-    return why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)
+    reason = why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)
+    could_insert = not row.layers and any(map(_is_v_proj, entry.inputs)) and row.qkv in KEEPS
+    return f"{reason}, and nobody has seen it run one with an inserted layer" if could_insert else reason
+
+
+def _is_v_proj(linear: Linear) -> bool:
+    """Whether it makes values alone, and can have a bias."""
+    return linear.outputs == ("kv",) and linear.bias is not False

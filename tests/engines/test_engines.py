@@ -73,7 +73,12 @@ def test_the_compiled_model_says_what_the_interpreter_says_and_the_base_does_not
     found = asked.ask(Request(compiled(cell.tiny, cell.lowering, cell.target), TEXTS, COUNT))
     assert off(found, expected) < cell.limit
     assert found.continuations == continuations
-    assert off(asked.ask(Request(on_disk(cell.tiny), TEXTS)), expected) > 100 * cell.limit
+    base = Request(on_disk(cell.tiny), TEXTS)
+    if (cell.engine, cell.architecture) in {(gap.engine, gap.architecture) for gap in GAPS if gap.says == "type"}:
+        with pytest.raises(CheckFailed):  # only as a llama the engine reads it at all
+            asked.ask(base)
+    else:
+        assert off(asked.ask(base), expected) > 100 * cell.limit
 
 
 @pytest.mark.parametrize("gap", GAPS, ids=str)
@@ -90,7 +95,7 @@ def test_what_an_engine_does_not_run_it_refuses_or_it_shows(gap: Gap) -> None:
 
 def test_every_engine_and_architecture_is_accounted_for() -> None:
     told = {(cell.engine, cell.architecture) for cell in [*CELLS, *VLLM, *GAPS]}
-    names = {cell.architecture for cell in CELLS if cell.engine == "transformers"}
+    names = {cell.architecture for cell in CELLS if cell.engine == "transformers"} - {"smollm3"}  # what mistral becomes
     assert told == {(name, architecture) for name in ENGINES.keys() - {"peft"} for architecture in names}
 
 

@@ -21,7 +21,7 @@ from austeer.targets import gguf, gguf_patch
 from austeer.targets.checkpoint import Writing
 from austeer.targets.llama_cpp import convert
 from tests.engines.llama_cpp import served, use_converter
-from tests.tiny import VOCABULARY, Tiny, load, logits, on_disk, planned_checkpoint, programs_edits, tokens
+from tests.tiny import VOCABULARY, Tiny, in_place, load, logits, on_disk, planned_checkpoint, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -80,7 +80,7 @@ def edits(case: Case, base: Path, *, added: bool) -> list[Edit]:
         for layer in range(geometry.layers)
         for site in case.shifts
     ]
-    return [*programs_edits(case.tiny, base, 0), *(shifts if added else [])]
+    return [*in_place(case.tiny, base).edits, *(shifts if added else [])]
 
 
 def of_live(base: Path, program: Program | None) -> "np.ndarray[Any, Any]":
