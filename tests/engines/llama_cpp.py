@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from austeer.targets.llama_cpp import convert
 
 CONVERTER = Path(__file__).resolve().parents[2] / ".engines/llama.cpp"
 
@@ -89,3 +92,15 @@ def served(
             found[position, entry["id"]] = entry["logprob"]
     assert np.isfinite(found).all(), "llama.cpp did not report the whole vocabulary"
     return found
+
+
+def converted(model: Path, folder: Path) -> Path:
+    """The GGUF in float32 that llama.cpp's own converter makes of a checkpoint."""
+    convert(model, folder / "model.gguf", "f32")
+    return folder / "model.gguf"
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, ids: Sequence[int]) -> "np.ndarray[Any, Any]":
+    """What transformers says: log-probabilities [positions, vocabulary]."""
+    return model(input_ids=torch.tensor([list(ids)])).logits[0].double().log_softmax(-1).numpy()

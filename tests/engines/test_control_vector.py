@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from austeer.compiler import Program, interpret
 from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.importing import import_artefact
-from tests.engines.llama_cpp import served
-from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, log_probabilities
+from tests.engines.llama_cpp import converted, log_probabilities, served
+from tests.engines.test_stories import CLOSE, TEXT
 from tests.shared import shared
 from tests.tiny import load
 

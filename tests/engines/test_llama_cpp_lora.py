@@ -17,8 +17,8 @@ from austeer.compiler.layout import Layout
 from austeer.passes.fold import fold
 from austeer.targets.checkpoint import Writing
 from austeer.targets.lora import plan, write
-from tests.engines.llama_cpp import served
-from tests.engines.test_llama_cpp import CLOSE, TEXT, converted, edits, log_probabilities
+from tests.engines.llama_cpp import converted, log_probabilities, served
+from tests.engines.test_stories import CLOSE, TEXT, edits
 from tests.shared import shared
 from tests.tiny import load
 
