@@ -31,6 +31,9 @@ WAY_OUT = "use --form model-code, which carries every edit, or Scale at site ffn
 Numbered: TypeAlias = list[tuple[int, Scale]]
 
 
+LATER, EARLIER, BOTH = RESCALINGS = ("rescale-later", "rescale-earlier", "rescale-both")
+
+
 @dataclass(frozen=True)
 class Rescaling:
     """One choice of units: those of the base before layer `anchor`; `refusal` says why it is not legal, if so.
@@ -64,9 +67,9 @@ def rescalings(program: Program, facts: ModelFacts) -> list[Rescaling]:
                 f"{edit.where}: unit {unit} has gamma -1, and units of the stream cannot be divided by 0; {WAY_OUT}"
             )
     middle = facts.geometry.layers // 2
-    found = [Rescaling("rescale-later", 0), _before("rescale-earlier", facts.geometry.layers, facts)]
+    found = [Rescaling(LATER, 0), _before(EARLIER, facts.geometry.layers, facts)]
     if any(edit.layer < middle for edit in scales) and any(edit.layer >= middle for edit in scales):
-        found.append(_before("rescale-both", middle, facts))
+        found.append(_before(BOTH, middle, facts))
     return found
 
 

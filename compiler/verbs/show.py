@@ -187,7 +187,8 @@ def _ways(report: Support, target: str, architecture: str, kind: str, sites: tup
         for cell in report.cells
         if (cell.target, cell.architecture, cell.kind, cell.site) == (target, architecture, kind, sites[0])
     )
-    return ", ".join(way.describe(architecture) for way in cell.preferred) or "refused"
+    exact = ", ".join(way.describe(architecture) for way in cell.preferred)
+    return exact or ("approximate" if cell.approximations else "refused")
 
 
 def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str]) -> None:

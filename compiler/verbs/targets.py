@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from austeer.compiler.architectures import ARCHITECTURES
-from austeer.compiler.edits import KINDS, Edit
+from austeer.compiler.edits import KINDS, Edit, Scale
 from austeer.compiler.sites import SiteName
 from austeer.compiler.target import Target, target_named
-from austeer.passes.lowerings import Lowering, lowerings
+from austeer.passes.lowerings import SCALED_RESIDUAL, Lowering, lowerings
+from austeer.passes.rescale import RESCALINGS
 from austeer.targets.tables import TARGETS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The lowerings of one edit in one architecture, best first; empty with a reason where it is refused."""
+    """The lowerings of one edit in one architecture, best first; empty with a reason where it is refused.
+
+    `approximations` are what --approximate chooses from, by measured KL, where nothing is exact.
+    """
 
     target: str
     architecture: str
@@ -22,6 +26,7 @@ class Cell:
     site: SiteName
     lowerings: tuple[Lowering, ...]
     refusal: str = ""
+    approximations: tuple[str, ...] = ()
 
     @property
     def preferred(self) -> list[Lowering]:
@@ -30,6 +35,8 @@ class Cell:
         for way in self.lowerings:
             if not any(other.carrier == way.carrier and other.route != "value-bias" for other in found):
                 found.append(way)
+            if way.carrier == self.architecture and way.route in (None, "bias"):
+                break
         return found
 
     @property
@@ -44,7 +51,10 @@ class Cell:
             "architecture": self.architecture,
             "kind": self.kind,
             "site": self.site,
-            "lowerings": [{"how": how, "exact": True} for how in self.ways],
+            "lowerings": [
+                *({"how": how, "exact": True} for how in self.ways),
+                *({"how": how, "exact": False} for how in self.approximations),
+            ],
             "refusal": self.refusal or None,
         }
 
@@ -104,5 +114,6 @@ def _cell(target: Target, architecture: str, kind: type[Edit], site: SiteName) -
     post_norm = ARCHITECTURES[architecture].post_norm is True
     found = lowerings(kind, site, architecture, target, post_norm=post_norm)
     if isinstance(found, str):
-        return Cell(target.name, architecture, kind.kind, site, (), found)
+        scaled_stream = kind is Scale and site == "residual" and found == SCALED_RESIDUAL
+        return Cell(target.name, architecture, kind.kind, site, (), found, RESCALINGS if scaled_stream else ())
     return Cell(target.name, architecture, kind.kind, site, tuple(found))

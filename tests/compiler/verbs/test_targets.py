@@ -42,6 +42,10 @@ def test_as_json() -> None:
     cell = next(cell for cell in report["cells"] if (cell["architecture"], cell["kind"], cell["site"])
                 == ("llama", "shift", "residual"))  # fmt: skip
     assert cell["lowerings"] == [{"how": "constant layer", "exact": True}]
+    scaled = next(cell for cell in report["cells"] if (cell["architecture"], cell["kind"], cell["site"])
+                  == ("llama", "scale", "residual"))  # fmt: skip
+    assert [way["exact"] for way in scaled["lowerings"]] == [False, False, False]
+    assert "read through a norm" in scaled["refusal"]
 
 
 def test_an_unknown_target() -> None:
