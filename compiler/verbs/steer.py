@@ -24,6 +24,7 @@ from austeer.compiler.verbs.common import (
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.compiler.verbs.methods import Method, method_named
 from austeer.passes.legalize import refusal
+from austeer.targets.llama_cpp import find_converter
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def _sites(name: str, method: Method, site: str | None) -> tuple[SiteName, ...]:
 
 
 def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, approximate: bool) -> None:
-    """Refused, before any model is run, where no layer can carry an edit at any of the sites."""
+    """Refused, before any model is run, where no layer can carry an edit at any of the sites, or nothing write it."""
+    if form == "gguf":
+        find_converter()
     if form == "model-code":  # carries every edit
         return
     engine, layers = target_for(target, form), range(base.facts.geometry.layers)
