@@ -18,7 +18,8 @@ from austeer.compiler.staging import clone_file, copy_file, copy_range, staged, 
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs locks on directories")
 BUILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from pathlib import Path
 from austeer.compiler.staging import staged, write_file
 with staged(Path(sys.argv[1])) as partial:
