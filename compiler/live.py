@@ -1,6 +1,7 @@
 """Live transformers models: loading one, and where its sites are."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -68,32 +69,41 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     place = _device(device)
     placement = {"device_map": "auto"} if device == "spread" else {}
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **placement,
-        )
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **placement,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     model, report = loaded
     _require_complete(folder, report, tuple(may_miss))
     if device != "spread":
         model.to(place)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_bars() -> Generator[None]:
+    """Within the context transformers shows no progress bars of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.compiler.certificate import greedy
+from austeer.compiler.live import without_bars
 from austeer.compiler.tokens import Tokens
 from austeer.targets.engines.engine import Answer, Engine, Request, Scores, answer, log_softmax
 
@@ -21,7 +22,8 @@ def load(folder: Path) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
 
 
