@@ -89,6 +89,18 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """The key of config.json that names the activation function of the FFN, and what an absent one means."""
+
+    key: str = "hidden_act"
+    default: str = "silu"
+
+    def of(self, config: Mapping[str, Any]) -> str:
+        """Its name in a model with this config.json."""
+        return str(config.get(self.key) or self.default)
+
+
+@dataclass(frozen=True)
 class PostNorm:
     """An RMS norm between the attention's output and the residual stream; its factor may be 1 + weight."""
 
@@ -120,6 +132,7 @@ class Architecture:
     sliding_period: int = 0  # of this many layers the last attends fully, where config.json has no layer_types
     experts: Experts | None = None
     sizes: Sizes = Sizes()
+    activation: Activation = Activation()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -175,6 +188,7 @@ GEMMA2 = replace(
     post_norm=YES,
     attn_norm=PostNorm("post_attention_layernorm", plus_one=True, eps=1e-6),
     sliding_period=2,
+    activation=Activation("hidden_activation", "gelu_pytorch_tanh"),
 )
 GEMMA3 = replace(GEMMA2, model_type="gemma3_text", class_name="Gemma3ForCausalLM", sliding_period=6)
 OLMO2 = replace(
@@ -202,6 +216,7 @@ GPT2 = Architecture(
     ),
     transposed=True,
     sizes=Sizes("n_layer", "n_embd", "n_inner", "n_head", neurons_per_residual=4),
+    activation=Activation("activation_function", "gelu_new"),
 )
 NEOX_BIAS = Flag("attention_bias", default=True)
 GPT_NEOX = Architecture(
@@ -215,6 +230,7 @@ GPT_NEOX = Architecture(
         Linear("attention.query_key_value", "residual", ("heads", "kv", "kv"), NEOX_BIAS),
         Linear("mlp.dense_h_to_4h", "residual", ("neurons",), YES),
     ),
+    activation=Activation(default="gelu"),
 )
 OPT_BIAS = Flag("enable_bias", default=True)
 OPT_ATTENTION = attention(OPT_BIAS, OPT_BIAS)
@@ -229,6 +245,7 @@ OPT = Architecture(
     post_norm=Flag("do_layer_norm_before", default=True, value=False),
     block_norm="final_layer_norm",
     sizes=Sizes(neurons="ffn_dim"),
+    activation=Activation("activation_function", "relu"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {

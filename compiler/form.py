@@ -25,13 +25,15 @@ class ModelForm:
     """The architecture the model is written as, and the route of each projection's constant.
 
     `period` layers are inserted at a time, the others empty. `out_bias`: whether the complete set of attention
-    biases includes that of the output; an engine that has none may refuse the file for it.
+    biases includes that of the output; an engine that has none may refuse the file for it. `widened`: by how many
+    neurons the FFN of every layer is wider, for config.json has one width for all.
     """
 
     architecture: Architecture
     routes: Mapping[tuple[int, Role], Route] = field(default_factory=dict[tuple[int, Role], Route])
     period: int = 1
     out_bias: bool = True
+    widened: int = 0
 
     def inserts(self, layer: int, role: Role) -> bool:
         """Whether this projection's constant needs a layer of its own."""
@@ -48,6 +50,8 @@ class ModelForm:
             yield f"written as a {self.architecture.model_type}, which is a {home} whose biases engines honour"
         if self.inserted:
             yield f"layers inserted: {self.inserted}, each as costly in time and cache as any other"
+        if self.widened:
+            yield f"neurons appended to the FFN of every layer: {self.widened}, most of them zero"
 
     def needs(self, role: Role) -> bool:
         """Whether the biases of the attention, or those of the FFN, have to be there."""
@@ -96,6 +100,8 @@ def output_config(facts: ModelFacts, form: ModelForm) -> dict[str, Any]:
         had = translated and any(facts.has_bias(old) for old in home.linears if old.of_attention == of_attention)
         if (had or form.needs(role)) and isinstance(linear.bias, Flag) and not holds(linear.bias, config):
             config[linear.bias.key] = linear.bias.value
+    if form.widened:
+        config[entry.sizes.neurons] = facts.geometry.neurons + form.widened
     return _with_layers(config, facts, form) if form.inserted else config
 
 

@@ -137,8 +137,14 @@ class OutputLayout:
 
     @cached_property
     def moved(self) -> dict[str, tuple[tuple[str, Shape], ...]]:
-        """For each tensor of the base the tensors of the output that its bytes are, in order, with their shapes."""
-        return {name: tuple(self._moved(tensor)) for name, tensor in self.base.checkpoint.tensors.items()}
+        """For each tensor of the base the tensors of the output that its bytes become, in order, with their shapes.
+
+        Where FFNs are widened these are larger than what they come from, along one axis.
+        """
+        return {
+            name: tuple((new, self._wider.get(new, shape)) for new, shape in self._moved(tensor))
+            for name, tensor in self.base.checkpoint.tensors.items()
+        }
 
     @cached_property
     def added(self) -> dict[str, TensorInfo]:
@@ -176,6 +182,15 @@ class OutputLayout:
         """For names and shapes alone: the output's own tensors are not there yet."""
         facts = facts_of(self.base.facts.geometry.name, self.config)
         return Layout(self.base.checkpoint, facts, self.base.prefix)
+
+    @cached_property
+    def _wider(self) -> dict[str, Shape]:
+        """The shapes of the linear maps of the output, if they are not those of the base."""
+        if not self.form.widened:
+            return {}
+        linears = self.form.architecture.linears
+        numbers = range(len(self.slots))
+        return dict(entry for n in numbers for linear in linears for entry in self._output.tensors_of(n, linear))
 
     @cached_property
     def _block_of(self) -> dict[str, int]:

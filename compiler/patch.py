@@ -130,17 +130,38 @@ class Rescale:
     exact: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """n neurons appended to the FFN of a layer, which add down · (act(gate·h + gate_bias) ⊙ (up·h + up_bias)).
+
+    h is the input of the FFN. In an FFN without a gate, `gate` is what it reads with, and `up` and `up_bias` are
+    not used. No scale of the output reaches them: `down` is what they add in the end. `edits`: for each neuron
+    the number of the edit that it is for.
+    """
+
+    layer: int
+    gate: Floats  # [n, residual]
+    gate_bias: Floats  # [n]
+    up: Floats  # [n, residual]
+    up_bias: Floats  # [n]
+    down: Floats  # [residual, n]
+    edits: tuple[int, ...]
+    exact: bool
+
+
 @dataclass(frozen=True)
 class Patch:
     """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer.
 
     `stream`: at most one Rescale per layer and role, where the residual stream is kept in other units.
+    `neurons`: what FFNs are widened with, at most once per layer.
     """
 
     operations: tuple[Affine, ...]
     touches: tuple[Touch, ...]
     values: Mapping[int, Vector] = field(default_factory=dict[int, Vector])
     stream: tuple[Rescale, ...] = ()
+    neurons: tuple[Neurons, ...] = ()
 
 
 def _scaled(vector: Floats, units: tuple[int, ...], factors: Floats) -> Floats:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from austeer.compiler.architectures import Flag
+from austeer.compiler.architectures import Flag, Property
 
 UNTIED, TIED = Flag("tie_word_embeddings"), Flag("tie_word_embeddings", default=True)
 
@@ -20,7 +20,7 @@ class Stream:
 
     All have the residual axis last. `reads_normed`: blocks read through a norm, `attn_in` and `ffn_in`; else
     linear maps read the stream as it is. `plus_one`: a norm's factor is 1 + weight. `tied`: whether the head
-    uses the embeddings' weight.
+    uses the embeddings' weight. `parallel`: whether the FFN reads the stream before the attention has written.
     """
 
     attn_in: tuple[str, ...] = ("input_layernorm",)
@@ -32,6 +32,7 @@ class Stream:
     reads_normed: bool = True
     plus_one: bool = False
     tied: Flag = UNTIED
+    parallel: Property = False
 
     def names(self, role: StreamRole) -> tuple[str, ...]:
         """The modules of a role."""
@@ -55,7 +56,11 @@ STREAMS: Mapping[str, Stream] = {
     "gemma3_text": GEMMA,
     "olmo2": OLMO2,
     "gpt2": Stream(("ln_1",), ("ln_2",), head_in=("ln_f",), embeddings=("wte", "wpe"), tied=TIED),
-    "gpt_neox": Stream(head_in=("final_layer_norm",), embeddings=("embed_in",)),
+    "gpt_neox": Stream(
+        head_in=("final_layer_norm",),
+        embeddings=("embed_in",),
+        parallel=Flag("use_parallel_residual", default=True),
+    ),
     "opt": Stream(
         ("self_attn_layer_norm",),
         ("final_layer_norm",),

@@ -26,7 +26,8 @@ class Row:
 
     `attn`, `qkv` and `ffn` are the biases of the attention output, of queries, keys and values, and of the
     FFN. `layers`: whether a layer may be inserted, shown by a run or by reading its source. `period`: how many
-    layers to insert at once, where the engine derives from a layer's index whether its attention slides.
+    layers to insert at once, where the engine derives from a layer's index whether its attention slides. `widens`:
+    whether FFNs may have another width than is usual.
     """
 
     attn: Treatment
@@ -34,6 +35,7 @@ class Row:
     ffn: Treatment
     layers: bool = False
     period: int = 1
+    widens: bool = True
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def compensate(
             hooks.callback(fit.norm.register_forward_hook(fit.see).remove)
         for text in track(texts, "Compensating the norms", len(texts)):
             run_texts(model, [text])
-    return [replace(choice, norms=tuple(fit.factor for fit in fits[choice.name])) for choice in choices]
+    return [replace(choice, fitted=tuple(fit.factor for fit in fits[choice.name])) for choice in choices]
 
 
 @dataclass

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from austeer.compiler.architectures import holds
 from austeer.compiler.edits import Edit, Scale, Shift
-from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
 from austeer.compiler.patch import Affine, Patch, Rescale, Role, Touch
@@ -27,7 +26,6 @@ from austeer.compiler.target import Target
 from austeer.passes.fold import fold, has_bias, identity
 from austeer.passes.legalize import legalize
 
-WAY_OUT = "use --form model-code, which carries every edit, or Scale at site ffn"
 Numbered: TypeAlias = list[tuple[int, Scale]]
 
 
@@ -38,13 +36,13 @@ LATER, EARLIER, BOTH = RESCALINGS = ("rescale-later", "rescale-earlier", "rescal
 class Rescaling:
     """One choice of units: those of the base before layer `anchor`; `refusal` says why it is not legal, if so.
 
-    `norms`: what the norms that read the stream are multiplied with, in the order of `reading_norms`; none: 1.
+    `fitted`: what the norms that read the stream are multiplied with, in the order of `reading_norms`; none: 1.
     """
 
     name: str
     anchor: int
     refusal: str = ""
-    norms: tuple[float, ...] = ()
+    fitted: tuple[float, ...] = ()
 
 
 def needs_rescaling(edit: Edit, facts: ModelFacts) -> bool:
@@ -57,29 +55,15 @@ def rescalings(program: Program, facts: ModelFacts) -> list[Rescaling]:
     """All choices of units that differ for this program.
 
     rescale-later changes what comes after each scale, rescale-earlier what comes before, rescale-both the shorter
-    of the two. Raises Refused for a factor of 0, for what it takes out of the stream no later layer brings back.
+    of the two. None is legal with a factor of 0, for what that takes out of the stream no later layer brings back.
     """
     scales = [edit for _, edit in _scales(program, facts)]
-    for edit in scales:
-        if (1 + edit.gamma == 0).any():
-            unit = edit.units[int(np.argmin(abs(1 + edit.gamma)))]
-            raise Refused(
-                f"{edit.where}: unit {unit} has gamma -1, and units of the stream cannot be divided by 0; {WAY_OUT}"
-            )
     middle = facts.geometry.layers // 2
     found = [Rescaling(LATER, 0), _before(EARLIER, facts.geometry.layers, facts)]
     if any(edit.layer < middle for edit in scales) and any(edit.layer >= middle for edit in scales):
         found.append(_before(BOTH, middle, facts))
-    return found
-
-
-def rescaling_named(name: str, program: Program, facts: ModelFacts) -> Rescaling:
-    """The legal choice of this name; Refused if there is none."""
-    choice = next((choice for choice in rescalings(program, facts) if choice.name == name), None)
-    if choice is None or choice.refusal:
-        why = choice.refusal if choice else "it has no such choice of units"
-        raise Refused(f"{name} is not legal for this program: {why}")
-    return choice
+    refusal = next(map(_zero, filter(_has_zero, scales)), "")
+    return [replace(choice, refusal=refusal) for choice in found] if refusal else found
 
 
 def rescale(program: Program, facts: ModelFacts, target: Target, choice: Rescaling) -> tuple[ModelForm, Patch]:
@@ -120,6 +104,15 @@ def _before(name: str, anchor: int, facts: ModelFacts) -> Rescaling:
     return Rescaling(name, anchor)
 
 
+def _has_zero(edit: Scale) -> bool:
+    return bool((1 + edit.gamma == 0).any())
+
+
+def _zero(edit: Scale) -> str:
+    unit = edit.units[int(np.argmin(abs(1 + edit.gamma)))]
+    return f"{edit.where}: unit {unit} has gamma -1, and units of the stream cannot be divided by 0"
+
+
 def _place(form: Affine) -> tuple[int, Role]:
     return form.layer, form.role
 
@@ -156,7 +149,7 @@ class _Rescaled:
         self.scales, self.d = _scales(program, facts), units_of(choice, program, facts)
         self.stream = STREAMS[facts.architecture.model_type]
         places = reading_norms(facts)
-        self.norms = dict(zip(places, choice.norms or [1.0] * len(places), strict=True))
+        self.norms = dict(zip(places, choice.fitted or [1.0] * len(places), strict=True))
         self.exact = all((self.d[before] == 1).all() for before, _ in places)
 
     def applied(self, patch: Patch) -> Patch:

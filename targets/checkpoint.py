@@ -19,8 +19,11 @@ from austeer.compiler.patch import Affine, Patch
 from austeer.compiler.rewrite import BLOCK, Matrix, recycle_blocks
 from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file, write_file
 from austeer.compiler.tensors import TensorInfo, nbytes_of, render_header
+from austeer.targets.chunks import Copy, Zeros
 from austeer.targets.constants import Constants, Place, constants_of
-from austeer.targets.shards import Copy, Fill, Job, Shard, Zeros
+from austeer.targets.growth import Growth
+from austeer.targets.neurons import filled_biases, growths, neurons_lowering, new_neurons
+from austeer.targets.shards import Fill, Job, Shard
 from austeer.targets.stream import stream_jobs, stream_lowering
 
 EDITABLE = ("F32", "F16", "BF16")
@@ -50,6 +53,11 @@ class Plan:
     def fills(self) -> list[Fill]:
         """The new tensors."""
         return [fill for shard in self.shards for fill in shard.fills]
+
+    @property
+    def growths(self) -> list[Growth]:
+        """The tensors of the base that get more rows or columns."""
+        return [growth for shard in self.shards for growth in shard.growths]
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +111,9 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     weights = [(affine, _weight_jobs(affine, output)) for affine in patch.operations]
     matrices: dict[Place, Matrix] = {(a.layer, a.role): found[0].matrices[0] for a, found in weights if found}
     constants = constants_of(patch, output, matrices)
-    assert constants.filled.keys() <= output.added.keys(), REPORT
+    neurons = new_neurons(patch, output)
+    filled = {**constants.filled, **filled_biases(output, neurons)}
+    assert filled.keys() <= output.added.keys(), REPORT
     jobs = [job for _, found in weights for job in found]
     for tensor, vector in constants.rewritten.items():
         _require_editable(tensor)
@@ -113,7 +123,10 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
         jobs.append(job)
     _require_once(jobs)
     jobs = sorted(filter(attrgetter("nbytes"), jobs), key=lambda job: (job.tensor.file.name, job.tensor.offset))
-    shards = _shards(output, jobs, [Fill(info, constants.filled.get(name)) for name, info in output.added.items()])
+    grown = sorted(growths(output, neurons), key=attrgetter("start"))
+    for growth in grown:
+        _require_editable(growth.tensor)
+    shards = _shards(output, jobs, grown, [Fill(info, filled.get(name)) for name, info in output.added.items()])
     kept, left_out = files_to_copy(layout.checkpoint)
     texts = _texts(output, shards)
     return Plan(
@@ -122,7 +135,11 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
         output.config,
         shards,
         texts,
-        (*_lowering(patch, output, constants), *stream_lowering(patch, output)),
+        (
+            *_lowering(patch, output, constants),
+            *stream_lowering(patch, output),
+            *neurons_lowering(patch, output),
+        ),
         tuple(name for name in kept if name not in (*layout.checkpoint.shards, *texts)),
         tuple(left_out),
     )
@@ -210,24 +227,25 @@ def _require_once(jobs: list[Job]) -> None:
         raise CheckpointError(f"{twice[0]}: two operations of the patch change it; {REPORT}")
 
 
-def _shards(output: OutputLayout, jobs: list[Job], fills: list[Fill]) -> tuple[Shard, ...]:
+def _shards(output: OutputLayout, jobs: list[Job], grown: list[Growth], fills: list[Fill]) -> tuple[Shard, ...]:
     checkpoint = output.base.checkpoint
     alone = checkpoint.shards == (WEIGHTS,)
     made: list[Shard] = []
     for name in checkpoint.shards:
         here = sorted((t for t in checkpoint.tensors.values() if t.file.name == name), key=lambda t: t.offset)
         moved = [(new, tensor.dtype, shape) for tensor in here for new, shape in output.moved[tensor.name]]
-        same = [new for new, _, _ in moved] == [tensor.name for tensor in here]
+        same = moved == [(tensor.name, tensor.dtype, tensor.shape) for tensor in here]
         header = None if same else render_header(moved, checkpoint.headers[name].metadata)
-        size, start = checkpoint.headers[name].size, here[0].offset if here else 0
+        data = sum(nbytes_of(dtype, shape) for _, dtype, shape in moved)
         made.append(
             Shard(
                 BASE_SHARD if alone and fills else name,
                 checkpoint.path / name,
                 header,
-                size if header is None else size - start + len(header),
-                start,
+                checkpoint.headers[name].size if header is None else len(header) + data,
+                here[0].offset if here else 0,
                 tuple(job for job in jobs if job.tensor.file.name == name),
+                growths=tuple(growth for growth in grown if growth.tensor.file.name == name),
             )
         )
     return (*made, _new_shard(_free_name(checkpoint), fills)) if fills else tuple(made)
@@ -261,13 +279,14 @@ def _index(output: OutputLayout, shards: tuple[Shard, ...]) -> dict[str, Any]:
     old: dict[str, Any] = read_json(checkpoint.path / checkpoint.index) if checkpoint.index else {}
     named = {shard.source.name: shard.name for shard in shards if shard.source}
     added = {fill.tensor.name: shard.name for shard in shards for fill in shard.fills}
+    tensors = checkpoint.tensors.values()
     places = {
         new: named[tensor.file.name]
-        for tensor in checkpoint.tensors.values()
+        for tensor in tensors
         if tensor.name not in checkpoint.unindexed
         for new, _ in output.moved[tensor.name]
     }
-    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    size = sum(nbytes_of(tensor.dtype, shape) for tensor in tensors for _, shape in output.moved[tensor.name])
     size += sum(nbytes_of(info.dtype, info.shape) for info in output.added.values())
     metadata = {**old.get("metadata", {}), "total_size": size}
     return {**old, "metadata": metadata, "weight_map": dict(sorted({**places, **added}.items()))}
@@ -307,5 +326,6 @@ def _lowering(patch: Patch, output: OutputLayout, constants: Constants) -> Itera
 
 
 def _first_constant(patch: Patch, form: ModelForm) -> int:
-    """The first edit whose constant, be it zero, has a route: what routes need is there for its sake."""
-    return min(t.edit for t in patch.touches if t.part == "bias" and (t.layer, t.role) in form.routes)
+    """The first edit with neurons or whose constant, be it zero, has a route: what both need is there for its sake."""
+    routed = [t.edit for t in patch.touches if t.part == "bias" and (t.layer, t.role) in form.routes]
+    return min([*routed, *(edit for neurons in patch.neurons for edit in neurons.edits)])

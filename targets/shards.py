@@ -3,31 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from austeer.compiler.edits import Floats
 from austeer.compiler.rewrite import BLOCK, Matrix, Segment, stored_values, whole
 from austeer.compiler.tensors import TensorInfo, nbytes_of, storage_dtype
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Bytes start..end of a file of the base."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """So many zero bytes."""
-
-    count: int
-
-
-Chunk: TypeAlias = "Copy | Zeros | Segment"
+from austeer.targets.chunks import Chunk, Copy, Insertion, Zeros, spliced
+from austeer.targets.growth import Growth
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,8 @@ class Shard:
     """One file of weights in the output, made from a file of the base, or new.
 
     `header`: its first bytes, None where they are those of the base's file; the data of the base's file follow
-    them as they are but for the `jobs`. A new file has `fills` instead.
+    them as they are but for the `jobs`, which replace some, and the `growths`, which put new ones between them.
+    A new file has `fills` instead.
     """
 
     name: str
@@ -102,6 +86,7 @@ class Shard:
     data_start: int = 0  # where the data begin in the source
     jobs: tuple[Job, ...] = ()
     fills: tuple[Fill, ...] = ()
+    growths: tuple[Growth, ...] = ()  # in the order of their bytes, as the jobs
 
     def chunks(self, measure: Callable[[str, float], None] | None = None) -> Iterator[Chunk]:
         """All bytes in order; `measure` is told each changed tensor's name and its rounding error."""
@@ -116,10 +101,26 @@ class Shard:
         if self.source is None:
             return
         position = 0 if self.header is None else self.data_start
+        for piece in spliced(self._segments(measure), self._insertions(measure)):
+            if piece.offset > position:
+                yield Copy(position, piece.offset)
+            if isinstance(piece, Insertion):
+                yield piece.chunk
+                position = piece.offset
+            else:
+                yield piece
+                position = piece.offset + len(piece.data)
+        yield Copy(position, self.source.stat().st_size)
+
+    def _segments(self, measure: Callable[[str, float], None]) -> Iterator[Segment]:
         for job in self.jobs:
             for segment in job.segments():
-                yield Copy(position, segment.offset)
                 measure(job.name, segment.rounding)
                 yield segment
-                position = segment.offset + len(segment.data)
-        yield Copy(position, self.source.stat().st_size)
+
+    def _insertions(self, measure: Callable[[str, float], None]) -> Iterator[Insertion]:
+        for growth in self.growths:
+            for insertion in growth.insertions():
+                if isinstance(insertion.chunk, Segment):
+                    measure(growth.name, insertion.chunk.rounding)
+                yield insertion

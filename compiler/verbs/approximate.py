@@ -11,9 +11,17 @@ from austeer.compiler.edits import Edit
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
-from austeer.compiler.verbs.common import Base, Compiled, GgufBase, Settings, certificate_dtype, sample_texts
-from austeer.passes.compensate import compensate
-from austeer.passes.rescale import Rescaling, needs_rescaling, rescaling_named, rescalings
+from austeer.compiler.verbs.common import (
+    Base,
+    Compiled,
+    GgufBase,
+    Settings,
+    certificate_dtype,
+    sample_texts,
+    target_for,
+)
+from austeer.passes.approximation import Approximation, approximation_named, approximations, fit
+from austeer.passes.rescale import needs_rescaling
 from austeer.targets.checkpoint import Writing
 
 
@@ -31,11 +39,11 @@ class Candidate:
 class Approximations:
     """All candidates on the same texts, the unedited base's figures there, and the candidate of least KL.
 
-    `norms`: what the norms that read the stream are multiplied with in the chosen one.
+    `fitted`: the numbers that were fitted for the chosen one: factors of norms, or slopes of neurons.
     """
 
     chosen: str
-    norms: tuple[float, ...]
+    fitted: tuple[float, ...]
     texts: int
     tokens: int
     base_mean_kl: float
@@ -62,16 +70,19 @@ def compile_for(
     exactly = form == "model-code" or not (approximate and are_inexact(program.edits, base))
     if exactly or isinstance(base, GgufBase):
         return Compiled.of(program, base, target, form)
-    first = next(choice for choice in rescalings(program, base.facts) if not choice.refusal)
+    choices = approximations(program, base.facts, target_for(target, form))
+    first = next(choice for choice in choices if not choice.refusal)
     return Compiled.of(program, base, target, form, first)
 
 
-def recorded_approximation(manifest: dict[str, Any], program: Program, base: Base | GgufBase) -> Rescaling | None:
+def recorded_approximation(manifest: dict[str, Any], program: Program, base: Base | GgufBase) -> Approximation | None:
     """The approximation that a manifest says was chosen; Refused if the program has none of that name."""
     record = manifest.get("approximations")
     if record is None or isinstance(base, GgufBase):
         return None
-    return replace(rescaling_named(record["chosen"], program, base.facts), norms=tuple(record["norms"]))
+    target = target_for(manifest["target"], manifest["form"])
+    choice = approximation_named(record["chosen"], program, base.facts, target)
+    return replace(choice, fitted=tuple(record["fitted"]))
 
 
 def choose_approximation(
@@ -86,10 +97,8 @@ def choose_approximation(
     assert isinstance(base, Base), "a GGUF has no approximation"
     dtype, _ = certificate_dtype(base, settings)
     model = load_model(base.path, dtype=dtype, device=settings.device)
-    choices = rescalings(program, base.facts)
-    fitted = compensate(
-        model, program, [c for c in choices if not c.refusal], sample_texts(base, model, settings.seed + 1)
-    )
+    choices = approximations(program, base.facts, target_for(first.target, first.form))
+    fitted = fit(model, program, [c for c in choices if not c.refusal], sample_texts(base, model, settings.seed + 1))
     reference = observe(model, program, texts)
     del model
     legal = [Compiled.of(program, base, first.target, first.form, choice) for choice in fitted]
@@ -114,7 +123,7 @@ def _table(best: Compiled, candidates: tuple[Candidate, ...], reference: Referen
     base, choice = reference.base, best.approximation
     return Approximations(
         choice.name,
-        choice.norms,
+        choice.fitted,
         len(reference.texts),
         base.tokens,
         base.kl / base.tokens,

@@ -61,9 +61,10 @@ class BuildReport:
         if not isinstance(plan, Plan):
             return {"bytes_to_copy": plan.output_bytes}
         tensors = [{"tensor": job.name, "file": job.tensor.file.name, "bytes": job.nbytes} for job in plan.jobs]
+        wider = [{"tensor": g.name, "file": g.tensor.file.name, "bytes": g.nbytes} for g in plan.growths]
         new = [{"tensor": fill.tensor.name, "file": NEW_SHARD, "bytes": fill.nbytes} for fill in plan.fills]
         return {
-            "tensors": [*tensors, *new],
+            "tensors": [*tensors, *wider, *new],
             "bytes_to_rewrite": plan.nbytes,
             "bytes_to_copy": plan.output_bytes,
             "peak_memory_bytes": plan.peak_bytes,

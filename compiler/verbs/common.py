@@ -23,8 +23,8 @@ from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
 from austeer.compiler.target import Target, target_named
 from austeer.compiler.tokens import Chat, Tokens, encode_texts
-from austeer.compiler.verbs.forms import form_named, plan_rescaled
-from austeer.passes.rescale import Rescaling
+from austeer.compiler.verbs.forms import form_named, plan_approximated
+from austeer.passes.approximation import Approximation
 from austeer.targets.checkpoint import Writing
 from austeer.targets.hub import Fetched, content_sha256, fetch
 from austeer.targets.tables import TARGETS
@@ -146,7 +146,7 @@ class Compiled:
     target: str
     form: str
     plan: Any  # as its form makes it, a Planned
-    approximation: Rescaling | None = None
+    approximation: Approximation | None = None
 
     @staticmethod
     def of(
@@ -154,7 +154,7 @@ class Compiled:
         base: Base | GgufBase,
         target: str | None = None,
         form: str = FORM,
-        approximation: Rescaling | None = None,
+        approximation: Approximation | None = None,
     ) -> "Compiled":
         """Raises UsageError for an unknown target or form, Refused for what they cannot carry."""
         chosen, engine = form_named(form), target_for(target, form)
@@ -163,7 +163,7 @@ class Compiled:
             return Compiled(program, base, engine.name, form, plan)
         if form != FORM or not isinstance(base, Base):
             raise Refused(f"an approximation is written as a {FORM}, not as {form}; compile it first, then convert it")
-        plan = plan_rescaled(program, base.layout, engine, approximation)
+        plan = plan_approximated(program, base.layout, engine, approximation)
         return Compiled(program, base, engine.name, form, plan, approximation)
 
     @property

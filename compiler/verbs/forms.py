@@ -19,16 +19,17 @@ from austeer.compiler.progress import track
 from austeer.compiler.rewrite import Segment
 from austeer.compiler.target import Target
 from austeer.compiler.tensors import read_header
+from austeer.passes.approximation import Approximation, approximated
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
-from austeer.passes.rescale import Rescaling, rescale
 from austeer.targets import checkpoint, gguf, gguf_patch, lora, model_code
 from austeer.targets.checkpoint import Plan, Writing
+from austeer.targets.chunks import Chunk, Copy, Zeros
 from austeer.targets.gguf import GgufPlan
 from austeer.targets.gguf_patch import GgufPatchPlan
 from austeer.targets.lora import LoraPlan
 from austeer.targets.model_code import CodePlan
-from austeer.targets.shards import Chunk, Copy, Shard, Zeros
+from austeer.targets.shards import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,9 +87,9 @@ def _plan_checkpoint(program: Program, layout: Layout, target: Target, _: str) -
     return checkpoint.plan(fold(program, layout.facts, form), layout, form)
 
 
-def plan_rescaled(program: Program, layout: Layout, target: Target, choice: Rescaling) -> Plan:
-    """The plan of a checkpoint whose residual stream is kept in other units; see passes.rescale."""
-    form, patch = rescale(program, layout.facts, target, choice)
+def plan_approximated(program: Program, layout: Layout, target: Target, choice: Approximation) -> Plan:
+    """The plan of a checkpoint that is an approximation of the program."""
+    form, patch = approximated(program, layout.facts, target, choice)
     return checkpoint.plan(patch, layout, form)
 
 

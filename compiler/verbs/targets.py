@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from austeer.compiler.architectures import ARCHITECTURES
-from austeer.compiler.edits import KINDS, Edit, Scale
+from austeer.compiler.edits import KINDS, Edit, Scale, Shift
 from austeer.compiler.sites import SiteName
+from austeer.compiler.stream import STREAMS
 from austeer.compiler.target import Target, target_named
+from austeer.passes.linear_neurons import NAME as NEURONS
 from austeer.passes.lowerings import SCALED_RESIDUAL, Lowering, lowerings
 from austeer.passes.rescale import RESCALINGS
 from austeer.targets.tables import TARGETS
@@ -89,6 +91,13 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def _approximations(target: Target, architecture: str) -> tuple[str, ...]:
+    """Of a scaled stream: other units in every architecture, and neurons where the FFN can have biases."""
+    shift = lowerings(Shift, "ffn", architecture, target, post_norm=ARCHITECTURES[architecture].post_norm is True)
+    biased = not isinstance(shift, str) and any(way.route == "bias" for way in shift)
+    return (*RESCALINGS, NEURONS) if biased and STREAMS[architecture].ffn_in else RESCALINGS
+
+
 SHIFTED: tuple[SiteName, ...] = ("heads", "attn", "ffn", "residual")
 LETTERS = {"bias": "b", "value-bias": "v", "split-layer": "s", "constant-layer": "c"}
 
@@ -115,5 +124,6 @@ def _cell(target: Target, architecture: str, kind: type[Edit], site: SiteName) -
     found = lowerings(kind, site, architecture, target, post_norm=post_norm)
     if isinstance(found, str):
         scaled_stream = kind is Scale and site == "residual" and found == SCALED_RESIDUAL
-        return Cell(target.name, architecture, kind.kind, site, (), found, RESCALINGS if scaled_stream else ())
+        ways = _approximations(target, architecture) if scaled_stream else ()
+        return Cell(target.name, architecture, kind.kind, site, (), found, ways)
     return Cell(target.name, architecture, kind.kind, site, tuple(found))
