@@ -94,10 +94,11 @@ def build(
     program, notes = compose([Program.load(path) for path in programs])
     base = open_any_base(model, revision, form)
     compiled = compile_for(program, base, target, form, approximate=approximate)
-    notes += (*compiled.plan.notes, *base.notes)
+    notes += base.notes
     inexact = compiled.approximation is not None
     if dry_run or out is None:
-        return BuildReport(None, compiled, None, (*notes, UNMEASURED) if inexact else notes)
+        notes += (UNMEASURED,) if inexact else ()
+        return BuildReport(None, compiled, None, (*compiled.plan.notes, *notes))
     require_place(Path(out))  # now, not after all is measured
     check, table = None, None
     if isinstance(base, GgufBase) and texts is not None:
@@ -111,7 +112,7 @@ def build(
         notes += (*cut, *kept)
     extra = {"approximations": table.plain()} if table else None
     certificate = write_compiled(compiled, Path(out), certify=check, extra=extra)
-    return BuildReport(str(out), compiled, certificate, notes, table)
+    return BuildReport(str(out), compiled, certificate, (*compiled.plan.notes, *notes), table)
 
 
 def _certifier(

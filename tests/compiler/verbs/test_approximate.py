@@ -189,6 +189,7 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["approximations"]["chosen"] == "linear-neurons"
+    assert any("neurons appended" in note for note in report["notes"])  # of what is chosen, not of what came first
     assert report["certificate"]["approximate"] is True
 
 
