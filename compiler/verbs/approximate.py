@@ -11,15 +11,8 @@ from austeer.compiler.edits import Edit
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
-from austeer.compiler.verbs.common import (
-    Base,
-    Compiled,
-    GgufBase,
-    Settings,
-    certificate_dtype,
-    sample_texts,
-    target_for,
-)
+from austeer.compiler.verbs.bases import Base, GgufBase
+from austeer.compiler.verbs.common import Compiled, Settings, certificate_dtype, sample_texts, target_for
 from austeer.passes.approximation import Approximation, approximation_named, approximations, fit
 from austeer.passes.rescale import needs_rescaling
 from austeer.targets.checkpoint import Writing

@@ -11,17 +11,8 @@ from austeer.compiler.program import Program
 from austeer.compiler.staging import require_place
 from austeer.compiler.tokens import Tokens
 from austeer.compiler.verbs.approximate import Approximations, choose_approximation, compile_for
-from austeer.compiler.verbs.common import (
-    FORM,
-    Base,
-    Compiled,
-    GgufBase,
-    Settings,
-    certificate_dtype,
-    measuring_texts,
-    open_any_base,
-    write_compiled,
-)
+from austeer.compiler.verbs.bases import Base, GgufBase, open_any_base
+from austeer.compiler.verbs.common import FORM, Compiled, Settings, certificate_dtype, measuring_texts, write_compiled
 from austeer.passes.compose import compose
 from austeer.targets.checkpoint import NEW_SHARD, Plan
 

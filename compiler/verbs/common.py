@@ -1,6 +1,5 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from austeer.compiler.card import read_card, render_card
 from austeer.compiler.certificate import Certificate, certify
-from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import CheckFailed, Refused, UsageError
-from austeer.compiler.facts import ModelFacts, facts_of
-from austeer.compiler.gguf import read_gguf
-from austeer.compiler.layout import Layout
 from austeer.compiler.live import best_device, fits_in_float32, load_model, load_tokenizer
-from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, describe_base, render, tool_versions
+from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, render, tool_versions
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
 from austeer.compiler.program import Program
@@ -23,10 +18,10 @@ from austeer.compiler.progress import bar
 from austeer.compiler.staging import staged, write_file
 from austeer.compiler.target import Target, target_named
 from austeer.compiler.tokens import Chat, Tokens, encode_texts
+from austeer.compiler.verbs.bases import Base, GgufBase
 from austeer.compiler.verbs.forms import form_named, plan_approximated
 from austeer.passes.approximation import Approximation
 from austeer.targets.checkpoint import Writing
-from austeer.targets.hub import Fetched, content_sha256, fetch
 from austeer.targets.tables import TARGETS
 
 if TYPE_CHECKING:
@@ -52,78 +47,6 @@ class Settings:
         """The number of tokens after which texts are cut for this model."""
         limits = [config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)]
         return min([self.max_length or 2048, *limits])
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model on this disk, with everything that is known before its weights are read."""
-
-    fetched: Fetched
-    checkpoint: Checkpoint
-    facts: ModelFacts
-    layout: Layout
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-        return self.checkpoint.path
-
-    @property
-    def source(self) -> Layout:
-        """What a form is planned from."""
-        return self.layout
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is odd about it."""
-        return tuple(f"tensor {name} is not in the index and is copied as it is" for name in self.checkpoint.unindexed)
-
-    def describe(self) -> dict[str, Any]:
-        """For the manifest."""
-        known = {name: content_sha256(self.path / name) for name in self.checkpoint.shards}
-        hashes = {name: sha256 for name, sha256 in known.items() if sha256}
-        return describe_base(self.checkpoint, self.fetched.id, self.fetched.revision, hashes)
-
-
-@dataclass(frozen=True)
-class GgufBase:
-    """An existing GGUF file as the base, which the form `gguf` patches."""
-
-    source: Path
-    notes: tuple[str, ...] = ("transformers cannot run a patched GGUF: no certificate; `verify` compares its bytes",)
-
-    @property
-    def fetched(self) -> Fetched:
-        """Its name, which is that of the file."""
-        return Fetched(self.source, self.source.name, None)
-
-    @property
-    def path(self) -> Path:
-        """The folder that it lies in."""
-        return self.source.parent
-
-    def describe(self) -> dict[str, Any]:
-        """For the manifest: as of a checkpoint, with one file."""
-        gguf = read_gguf(self.source)
-        with self.source.open("rb") as file:
-            header = hashlib.sha256(file.read(gguf.header_end)).hexdigest()
-        facts = {"size": self.source.stat().st_size, "header_sha256": header}
-        return {"id": self.source.name, "revision": None, "files": {self.source.name: facts}}
-
-
-def open_any_base(model: str, revision: str | None, form: str) -> Base | GgufBase:
-    """As `open_base`; a local .gguf file where the form is gguf."""
-    if form == "gguf" and model.lower().endswith(".gguf") and Path(model).is_file():
-        return GgufBase(Path(model))
-    return open_base(model, revision)
-
-
-def open_base(model: str, revision: str | None = None) -> Base:
-    """The base at a local folder or Hub id, checked from its headers. Raises CheckpointError or Refused."""
-    fetched = fetch(model, revision)
-    checkpoint = Checkpoint.open(fetched.path)
-    facts = facts_of(fetched.id.rpartition("/")[2], checkpoint.config)
-    return Base(fetched, checkpoint, facts, Layout.of(checkpoint, facts))
 
 
 def target_for(name: str | None, form: str) -> Target:

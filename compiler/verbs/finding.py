@@ -16,7 +16,8 @@ from austeer.compiler.pairs import Pair, split_by_prompt
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
-from austeer.compiler.verbs.common import Base, Settings, working_dtype
+from austeer.compiler.verbs.bases import Base
+from austeer.compiler.verbs.common import Settings, working_dtype
 from austeer.compiler.verbs.methods import METHODS, Method
 from austeer.passes.search import Ranking, Search, search
 from austeer.passes.steer2edit import Alignment, elastic_net

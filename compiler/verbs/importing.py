@@ -11,7 +11,7 @@ from austeer.compiler.errors import AusteerError, InputError, UsageError
 from austeer.compiler.program import Program
 from austeer.compiler.sites import site_named
 from austeer.compiler.staging import require_place
-from austeer.compiler.verbs.common import Base, open_base
+from austeer.compiler.verbs.bases import Base, open_base
 from austeer.passes.adopt.artefact import Asked, strengthened
 from austeer.passes.adopt.formats import Format, recognise
 

@@ -12,15 +12,8 @@ from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
 from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
-from austeer.compiler.verbs.common import (
-    FORM,
-    Base,
-    Settings,
-    certificate_dtype,
-    open_base,
-    target_for,
-    write_compiled,
-)
+from austeer.compiler.verbs.bases import Base, open_base
+from austeer.compiler.verbs.common import FORM, Settings, certificate_dtype, target_for, write_compiled
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.compiler.verbs.methods import Method, method_named
 from austeer.passes.legalize import refusal

@@ -13,15 +13,8 @@ from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import take_tokens
 from austeer.compiler.verbs.approximate import recorded_approximation
-from austeer.compiler.verbs.common import (
-    Base,
-    Compiled,
-    GgufBase,
-    Settings,
-    certificate_dtype,
-    measuring_texts,
-    open_any_base,
-)
+from austeer.compiler.verbs.bases import Base, GgufBase, open_any_base
+from austeer.compiler.verbs.common import Compiled, Settings, certificate_dtype, measuring_texts
 from austeer.compiler.verbs.engines import check_engines
 from austeer.targets.engines.registry import engine_named
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from austeer.compiler import CheckFailed, Program, Scale, UsageError, certificate
 from austeer.compiler.certificate import Certificate, Comparison, stored_dtype
-from austeer.compiler.verbs import common
+from austeer.compiler.verbs import bases, common
 from austeer.compiler.verbs.build import build
 from tests.tiny import Tiny, certified, on_disk, program, scratch, tokens
 
@@ -205,7 +205,7 @@ def test_the_stored_dtype(dtype: str) -> None:
 def test_a_build_whose_certificate_fails_leaves_nothing() -> None:
     folder = scratch()
     made = program(TINY)
-    base = common.open_base(str(on_disk(TINY)))
+    base = bases.open_base(str(on_disk(TINY)))
     compiled = common.Compiled.of(made, base)
 
     def fails(written: Path) -> Certificate:

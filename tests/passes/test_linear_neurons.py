@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 from austeer.compiler import Edit, Program, Rank1, Refused, Scale, Shift
 from austeer.compiler.facts import read_facts
 from austeer.compiler.interpreter import interpret
-from austeer.compiler.verbs.common import Compiled, open_base
+from austeer.compiler.verbs.bases import open_base
+from austeer.compiler.verbs.common import Compiled
 from austeer.passes.approximation import approximation_named, approximations
 from austeer.passes.linear_neurons import LINEAR_PAIRS, LinearNeurons, fit_slopes, linear_neurons
 from austeer.targets.checkpoint import Writing

@@ -17,7 +17,8 @@ from austeer.compiler.facts import ModelFacts, read_facts
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.stream import STREAMS
 from austeer.compiler.verbs import forms
-from austeer.compiler.verbs.common import Compiled, open_base
+from austeer.compiler.verbs.bases import open_base
+from austeer.compiler.verbs.common import Compiled
 from austeer.passes.approximation import approximation_named
 from austeer.passes.compensate import compensate
 from austeer.passes.rescale import Rescaling, needs_rescaling, rescalings

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from austeer.compiler import CheckpointError, Program, Scale
 from austeer.compiler.rewrite import BLOCK, Segment
 from austeer.compiler.tensors import TensorInfo
-from austeer.compiler.verbs.common import Compiled, open_base
+from austeer.compiler.verbs.bases import open_base
+from austeer.compiler.verbs.common import Compiled
 from austeer.passes.linear_neurons import LinearNeurons
 from austeer.targets import growth
 from austeer.targets.checkpoint import Writing

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from austeer.compiler.verbs import common
-from austeer.compiler.verbs.common import Settings, certificate_dtype, open_base, working_dtype
+from austeer.compiler.verbs.bases import open_base
+from austeer.compiler.verbs.common import Settings, certificate_dtype, working_dtype
 from austeer.compiler.verbs.demo import MODEL
 from tests.tiny import Tiny
 
