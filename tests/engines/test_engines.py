@@ -11,10 +11,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from austeer.compiler import CheckFailed, Program, Shift, interpret
+from austeer.compiler import CheckFailed, Program, Scale, Shift, interpret
 from austeer.compiler.cli import main
+from austeer.compiler.verbs.bases import open_base
 from austeer.compiler.verbs.build import build
+from austeer.compiler.verbs.common import Compiled
 from austeer.compiler.verbs.engines import check_engines
+from austeer.passes.linear_neurons import LinearNeurons
+from austeer.targets.checkpoint import Writing
 from austeer.targets.engines.engine import Answer, Engine, Request
 from austeer.targets.engines.registry import ENGINES
 from tests.engines.cells import CELLS, EXACT, GAPS, LOWERINGS, VLLM, Cell, Gap
@@ -97,6 +101,31 @@ def test_every_engine_and_architecture_is_accounted_for() -> None:
     told = {(cell.engine, cell.architecture) for cell in [*CELLS, *VLLM, *GAPS] if cell.architecture != "smollm3"}
     names = CONFIGS.keys() - {"smollm3"}  # only what a mistral with a window becomes
     assert told == {(name, architecture) for name in ENGINES.keys() - {"peft"} for architecture in names}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama.cpp",
+        "ctranslate2",
+        "mlx-lm",
+        "onnxruntime-genai",
+        "openvino",
+        pytest.param("vllm", marks=pytest.mark.vllm),
+    ],
+)
+def test_wider_ffns_run_in_every_engine_as_in_transformers(name: str, tmp_path: Path) -> None:
+    """Neurons that stand in for a scaled stream are an approximation, but the same one everywhere."""
+    asked, tiny = engine(name), sized("llama", biases=False)
+    base = open_base(str(on_disk(tiny)))
+    scaled = Program.of([Scale(0, "residual", [3, 40, 77], [1.0, -1.0, 2.0])], model=on_disk(tiny))
+    compiled = Compiled.of(scaled, base, approximation=LinearNeurons(fitted=(0.5, -0.4, 0.9)))
+    compiled.write(tmp_path, Writing())
+    model = load(tmp_path)
+    assert model.config.intermediate_size > base.facts.geometry.neurons
+    expected = [logits(model, torch.tensor([text]))[0].double().log_softmax(-1) for text in TEXTS]
+    assert off(asked.ask(Request(tmp_path, TEXTS)), expected) < EXACT
+    assert off(asked.ask(Request(on_disk(tiny), TEXTS)), expected) > 100 * EXACT
 
 
 # ---- forms that an engine drops ---------------------------------------------------------
