@@ -12,12 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 CONVERTER, VLLM = ROOT / ".engines/llama.cpp", ROOT / ".venv-vllm/bin/python"
 
 # The converter knows byte-level tokenizers by the hash of what they make of a text, so no tiny one. Here the
-# architectures that have such tokenizers take the sentencepiece file that lies beside; all else is the converter.
+# architectures that have such tokenizers take the sentencepiece file that lies beside, and a tokenizer without such a
+# file passes for that of gpt2: the tests give tokens, not text. All else is the converter.
 SHIM = """
 import runpy, sys
 sys.path.insert(0, {folder!r})
 from conversion.base import TextModel
-TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
+byte_level = TextModel._set_vocab_gpt2
+def set_vocab(self):
+    beside = (self.dir_model / "tokenizer.model").exists()
+    TextModel._set_vocab_sentencepiece(self) if beside else byte_level(self)
+TextModel._set_vocab_gpt2 = set_vocab
+TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 runpy.run_path({folder!r} + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 

@@ -1,5 +1,7 @@
 """A trained model, compiled, in every engine: the interpreter's log-probabilities and its very text."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,21 +10,23 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from austeer.compiler import CheckFailed, Edit, Program, Rank1, Scale, interpret
+from austeer.compiler import CheckFailed, Edit, Program, Rank1, Scale, Shift, interpret
 from austeer.compiler.certificate import greedy
 from austeer.compiler.facts import Geometry
 from austeer.compiler.verbs.build import build
 from austeer.targets.engines.engine import Engine, Request, Scores, log_softmax
 from austeer.targets.engines.registry import ENGINES
 from tests.shared import shared
-from tests.tiny import load, logits
+from tests.tiny import load, logits, scratch
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 COUNT = 24
 CLOSE = 1e-3
-NAMES = [name for name in ENGINES if name not in ("peft", "vllm", "onnxruntime-genai")]  # the last two: heads of 8
+ROUNDED = 2e-2  # the weights of this model are float16, and those compiled from them too
+ALL = [name for name in ENGINES if name != "peft"]
+NAMES = [name for name in ALL if name not in ("vllm", "onnxruntime-genai")]  # these two: no heads of 8
 
 
 class Story(NamedTuple):
@@ -36,7 +40,7 @@ class Story(NamedTuple):
     continuation: tuple[int, ...]
 
 
-def edits(model: Geometry) -> list[Edit]:
+def folds(model: Geometry) -> list[Edit]:
     """What folds into a llama without biases: every kind and site but Shift."""
     rng = np.random.default_rng(0)
     widths = {"heads": model.heads, "attn": model.residual, "neurons": model.neurons, "ffn": model.residual}
@@ -49,18 +53,33 @@ def edits(model: Geometry) -> list[Edit]:
     return made
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    base, folder = shared("models/stories260K"), tmp_path_factory.mktemp("story")
+def constants(model: Geometry, strength: float) -> list[Edit]:
+    """What no llama without biases has room for: the portable form adds a bias and a layer."""
+    rng, layer = np.random.default_rng(0), model.layers // 2
+    return [
+        Shift(layer, "heads", strength * rng.normal(size=model.heads)),
+        Shift(layer, "residual", strength * rng.normal(size=model.residual)),
+        Scale(layer, "ffn", rng.permutation(model.residual)[:8].tolist(), rng.normal(size=8)),
+    ]
+
+
+MILD, STRONG = partial(constants, strength=0.3), partial(constants, strength=1.0)
+
+
+@cache
+def tell(name: str, edits: Callable[[Geometry], list[Edit]], target: str) -> Story:
+    base, folder = shared(f"models/{name}"), scratch()
     program = Program.of(edits(Program.of([], model=base).model), model=base)
     program.save(folder / "p.safetensors")
-    build(str(base), [folder / "p.safetensors"], folder / "out")
+    build(str(base), [folder / "p.safetensors"], folder / "out", target=target)
     ids = tuple(AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"])
     model, asked = load(base), torch.tensor([ids])
     plain = log_softmax(logits(model, asked)[0])
+    untold = greedy(model, ids, COUNT)
     with interpret(model, program):
         steered, continuation = log_softmax(logits(model, asked)[0]), greedy(model, ids, COUNT)
     assert np.abs(plain - steered).max() > 1
+    assert continuation != untold
     return Story(base, folder / "out", ids, plain, steered, continuation)
 
 
@@ -72,15 +91,29 @@ def installed(name: str) -> Engine:
     return ENGINES[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_compiled_model_tells_the_interpreters_story_and_the_base_its_own(name: str, story: Story) -> None:
-    engine = installed(name)
+def require_told(engine: Engine, story: Story, limit: float) -> None:
+    """The compiled model tells the interpreter's story, and the base its own."""
     found = engine.ask(Request(story.out, (story.ids,), COUNT))
-    assert np.abs(found.scores[0] - story.steered).max() < CLOSE
+    assert np.abs(found.scores[0] - story.steered).max() < limit
     assert found.continuations == (story.continuation,)
     base = engine.ask(Request(story.base, (story.ids,))).scores[0]
     assert np.abs(base - story.plain).max() < CLOSE
-    assert np.abs(base - story.steered).max() > 1000 * CLOSE
+    assert np.abs(base - story.steered).max() > 50 * limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_model_tells_the_interpreters_story(name: str) -> None:
+    require_told(installed(name), tell("stories260K", folds, "transformers"), CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_portable_file_tells_it_everywhere(name: str) -> None:
+    require_told(installed(name), tell("stories260K", MILD, "portable"), CLOSE)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.vllm] * (name == "vllm")) for name in ALL])
+def test_one_portable_file_with_heads_of_64_tells_it_in_every_engine(name: str) -> None:
+    require_told(installed(name), tell("imdb-llama-7m", STRONG, "portable"), ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +123,7 @@ def test_the_compiled_model_tells_the_interpreters_story_and_the_base_its_own(na
         pytest.param("vllm", "Unsupported CPU attention configuration: head_dim=8", marks=pytest.mark.vllm),
     ],
 )
-def test_an_engine_that_cannot_run_heads_of_8_says_so(name: str, says: str, story: Story) -> None:
+def test_an_engine_that_cannot_run_heads_of_8_says_so(name: str, says: str) -> None:
+    story = tell("stories260K", folds, "transformers")
     with pytest.raises(CheckFailed, match=says):
         installed(name).ask(Request(story.out, (story.ids,)))
