@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from austeer.compiler import CheckFailed, Program, Shift, interpret
 from austeer.compiler.cli import main
 from austeer.compiler.verbs.build import build
-from austeer.compiler.verbs.engines import check_engines
+from austeer.compiler.verbs.engines import check_engines, of_form
 from austeer.targets.engines.engine import Answer, Engine, Request
 from austeer.targets.engines.registry import ENGINES
 from tests.engines.cells import CELLS, EXACT, GAPS, LOWERINGS, VLLM, Cell, Gap
@@ -37,10 +37,10 @@ def engine(name: str) -> Engine:
 
 
 @cache
-def compiled(tiny: Tiny, lowering: str, target: str) -> Path:
+def compiled(tiny: Tiny, lowering: str, target: str, form: str) -> Path:
     folder = scratch()
     LOWERINGS[lowering](tiny).save(folder / "p.safetensors")
-    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out", target=target)
+    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out", target=target, form=form)
     return folder / "out"
 
 
@@ -59,6 +59,11 @@ def reference(tiny: Tiny, lowering: str) -> tuple[tuple["torch.Tensor", ...], tu
     return found, tuple(made)
 
 
+@cache
+def of_base(asked: Engine, tiny: Tiny) -> Answer:
+    return asked.ask(Request(on_disk(tiny), TEXTS))
+
+
 def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
     """The largest difference of log-probabilities."""
     assert [found.shape for found in answer.scores] == [tuple(scores.shape) for scores in expected]
@@ -70,10 +75,11 @@ def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.vllm) for cell in VLLM)], ids=str)
 def test_the_compiled_model_says_what_the_interpreter_says_and_the_base_does_not(cell: Cell) -> None:
     asked, (expected, continuations) = engine(cell.engine), reference(cell.tiny, cell.lowering)
-    found = asked.ask(Request(compiled(cell.tiny, cell.lowering, cell.target), TEXTS, COUNT))
+    out = compiled(cell.tiny, cell.lowering, cell.target, cell.form)
+    found = asked.ask(of_form(Request(on_disk(cell.tiny), TEXTS, COUNT), out, cell.form))
     assert off(found, expected) < cell.limit
     assert found.continuations == continuations
-    assert off(asked.ask(Request(on_disk(cell.tiny), TEXTS)), expected) > 100 * cell.limit
+    assert off(of_base(asked, cell.tiny), expected) > 100 * cell.limit
 
 
 @pytest.mark.parametrize("gap", GAPS, ids=str)
