@@ -25,7 +25,7 @@ class Engine:
 
     def command(self, rank: int) -> str:
         """How it is served; OUT is the adapter, BASE the unedited model."""
-        return self.usage.format(rank=self._fitting(rank))
+        return self.usage.format(rank=self.fitting(rank))
 
     def require(self, architecture: str, names: Sequence[str], rank: int) -> None:
         """Refused, with the way out, unless the engine serves an adapter of this rank on these projections."""
@@ -35,13 +35,13 @@ class Engine:
         if foreign:
             only = ", ".join(self.modules or ())
             raise Refused(f"{self.name} has LoRA for {only} only, not for {foreign[0]}; use --form checkpoint")
-        if self._fitting(rank) < rank:
+        if self.fitting(rank) < rank:
             raise Refused(
-                f"the adapter has rank {rank}, and {self.name} serves at most {self._fitting(rank)}; "
+                f"the adapter has rank {rank}, and {self.name} serves at most {self.fitting(rank)}; "
                 "edit fewer units in any one layer, or use --form checkpoint"
             )
 
-    def _fitting(self, rank: int) -> int:
+    def fitting(self, rank: int) -> int:
         """The smallest rank to ask the engine for that holds `rank`, or its largest if none does."""
         ranks = self.ranks or (rank,)
         return min((most for most in ranks if most >= rank), default=max(ranks))

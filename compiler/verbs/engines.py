@@ -6,11 +6,12 @@ from pathlib import Path
 
 from austeer.compiler.certificate import stored_dtype
 from austeer.compiler.engine_check import EngineCheck, Expected, check, expect
-from austeer.compiler.errors import CheckFailed, UsageError
+from austeer.compiler.errors import CheckFailed
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens, take_tokens
 from austeer.targets.engines.engine import Engine, Request
+from austeer.targets.modeling import require_own_code
 
 TOKENS = 256  # llama.cpp is asked for each of them anew
 
@@ -27,22 +28,29 @@ def check_engines(
     """(what each engine does, what is wrong): every engine on the base and on `out`, against the interpreter.
 
     `form` is that of `out`. All of it in float32 on the CPU, on the first 256 tokens. UsageError for an engine that
-    does not read the form.
+    does not read the form, CheckpointError for model code that is not ours.
     """
     if not engines:
         return (), ()
-    if form == "model-code":
-        raise UsageError("--engine: model code is run by the certificate, in transformers; no other engine is asked")
     texts = take_tokens(texts, TOKENS)
     expected = expect(load_model(base, dtype="float32", device="cpu"), program, texts)
     plain = Request(base, expected.texts)
-    edited = replace(plain, adapter=out) if form == "lora" else replace(plain, folder=out)
-    if form == "gguf":
-        edited = replace(plain, gguf=next(out.glob("*.gguf")))
+    edited = of_form(plain, out, form)
     found = [_check(engine, expected, plain, edited) for engine in engines]
     checks = tuple(one for one in found if isinstance(one, EngineCheck))
     problems = [one.failure if isinstance(one, EngineCheck) else one for one in found]
     return checks, tuple(problem for problem in problems if problem)
+
+
+def of_form(base: Request, out: Path, form: str) -> Request:
+    """The request of the base, to `out`; CheckpointError if `out` brings code that is not ours."""
+    if form == "lora":
+        return replace(base, adapter=out)
+    if form == "gguf":
+        return replace(base, gguf=next(out.glob("*.gguf")))
+    if form == "model-code":
+        require_own_code(out)
+    return replace(base, folder=out, code=form == "model-code")
 
 
 def _check(engine: Engine, expected: Expected, base: Request, edited: Request) -> EngineCheck | str:

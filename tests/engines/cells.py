@@ -34,6 +34,17 @@ def shifts(tiny: Tiny, sites: str) -> Program:
     return Program.of(edits, model=folder)
 
 
+def alike(tiny: Tiny) -> Program:
+    """A constant at the heads of the first and the last layer that is the same for all heads of a group."""
+    folder, rng = on_disk(tiny), np.random.default_rng(0)
+    model = read_facts(folder)
+    group, shape = model.geometry.heads // model.kv, (model.kv // model.head_dim, 1, model.head_dim)
+    vectors = [rng.normal(size=shape).repeat(group, axis=1).ravel() for _ in range(2)]
+    layers = (0, model.geometry.layers - 1)
+    edits = [Shift(layer, "heads", 0.3 * vector) for layer, vector in zip(layers, vectors, strict=True)]
+    return Program.of(edits, model=folder)
+
+
 # What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
 LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     # every edit kind at every site and layer where the model has the weights for it
@@ -41,6 +52,7 @@ LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     # constants that need what the model does not have: new biases, another architecture, inserted layers
     "shifts": lambda tiny: shifts(tiny, "heads attn neurons ffn residual"),
     "attention-shifts": lambda tiny: shifts(tiny, "heads attn"),
+    "value-shifts": alike,
     "residual-shifts": lambda tiny: shifts(tiny, "residual"),
 }
 
@@ -55,6 +67,7 @@ class Cell:
     lowering: str = "folds"
     more: dict[str, Any] = field(default_factory=dict, hash=False)
     portable: bool = False
+    form: str = "checkpoint"
 
     @property
     def target(self) -> str:
@@ -67,7 +80,8 @@ class Cell:
         return sized(self.architecture, **self.more)
 
     def __str__(self) -> str:
-        return f"{self.engine}-{self.architecture}-{self.lowering}{'-portable' if self.portable else ''}"
+        special = "-portable" if self.portable else "" if self.form == "checkpoint" else f"-{self.form}"
+        return f"{self.engine}-{self.architecture}-{self.lowering}{special}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,11 @@ class Gap:
 
 def cells(engine: str, names: str, limit: float = EXACT, lowering: str = "folds", **more: Any) -> list[Cell]:
     return [Cell(engine, name, limit, lowering, more) for name in names.split()]
+
+
+def in_other_forms(engine: str, names: str, lowering: str, form: str) -> list[Cell]:
+    """An adapter beside the base, or the base with code."""
+    return [Cell(engine, name, lowering=lowering, more=UNBIASED, form=form) for name in names.split()]
 
 
 def in_portable_form(engine: str) -> list[Cell]:
@@ -113,6 +132,9 @@ CELLS: list[Cell] = [
     *cells("llama.cpp", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
     *cells("llama.cpp", "olmo2", lowering="residual-shifts", **UNBIASED),
     *cells("llama.cpp", "gemma2 gemma3_text", GELU, lowering="residual-shifts", **UNBIASED),
+    *cells("llama.cpp", "olmo2", lowering="value-shifts", **UNBIASED),
+    *cells("llama.cpp", "gemma2 gemma3_text", GELU, lowering="value-shifts", **UNBIASED),
+    *cells("llama.cpp", "qwen3_moe", lowering="value-shifts", **UNBIASED, dense=()),
     *cells("ctranslate2", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
     *cells("ctranslate2", "gemma3_text", lowering="residual-shifts", **UNBIASED),
     *cells("ctranslate2", "gemma3_text", lowering="attention-shifts", **UNBIASED),
@@ -121,6 +143,7 @@ CELLS: list[Cell] = [
     *cells("mlx-lm", "olmo2", lowering="attention-shifts", **UNBIASED),
     *cells("onnxruntime-genai", "llama mistral qwen2 phi3", lowering="shifts", **UNBIASED),
     *cells("onnxruntime-genai", "qwen3 gemma2", lowering="attention-shifts", **UNBIASED),
+    *in_other_forms("transformers", "llama qwen3", "shifts", "model-code"),
     *in_portable_form("openvino"),
     *in_portable_form("llama.cpp"),
     *in_portable_form("ctranslate2"),
@@ -134,7 +157,10 @@ VLLM: list[Cell] = [
     *cells("vllm", "llama mistral qwen2 phi3 qwen3", lowering="shifts", **UNBIASED),
     *cells("vllm", "gemma2 gemma3_text olmo2", lowering="residual-shifts", **UNBIASED),
     *cells("vllm", "gemma2 gemma3_text olmo2", lowering="attention-shifts", **UNBIASED),
+    *cells("vllm", "qwen3_moe", lowering="value-shifts", **UNBIASED),
     *in_portable_form("vllm"),
+    *in_other_forms("vllm", "llama", "folds", "lora"),
+    *in_other_forms("vllm", "llama qwen3", "shifts", "model-code"),
 ]
 
 GAPS: list[Gap] = [

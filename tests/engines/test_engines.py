@@ -16,7 +16,7 @@ from austeer.compiler.cli import main
 from austeer.compiler.verbs.bases import open_base
 from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.common import Compiled
-from austeer.compiler.verbs.engines import check_engines
+from austeer.compiler.verbs.engines import check_engines, of_form
 from austeer.passes.linear_neurons import LinearNeurons
 from austeer.targets.checkpoint import Writing
 from austeer.targets.engines.engine import Answer, Engine, Request
@@ -41,10 +41,10 @@ def engine(name: str) -> Engine:
 
 
 @cache
-def compiled(tiny: Tiny, lowering: str, target: str) -> Path:
+def compiled(tiny: Tiny, lowering: str, target: str, form: str) -> Path:
     folder = scratch()
     LOWERINGS[lowering](tiny).save(folder / "p.safetensors")
-    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out", target=target)
+    build(str(on_disk(tiny)), [folder / "p.safetensors"], folder / "out", target=target, form=form)
     return folder / "out"
 
 
@@ -63,6 +63,11 @@ def reference(tiny: Tiny, lowering: str) -> tuple[tuple["torch.Tensor", ...], tu
     return found, tuple(made)
 
 
+@cache
+def of_base(asked: Engine, tiny: Tiny) -> Answer:
+    return asked.ask(Request(on_disk(tiny), TEXTS))
+
+
 def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
     """The largest difference of log-probabilities."""
     assert [found.shape for found in answer.scores] == [tuple(scores.shape) for scores in expected]
@@ -74,15 +79,15 @@ def off(answer: Answer, expected: Sequence[torch.Tensor]) -> float:
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.vllm) for cell in VLLM)], ids=str)
 def test_the_compiled_model_says_what_the_interpreter_says_and_the_base_does_not(cell: Cell) -> None:
     asked, (expected, continuations) = engine(cell.engine), reference(cell.tiny, cell.lowering)
-    found = asked.ask(Request(compiled(cell.tiny, cell.lowering, cell.target), TEXTS, COUNT))
+    out = compiled(cell.tiny, cell.lowering, cell.target, cell.form)
+    found = asked.ask(of_form(Request(on_disk(cell.tiny), TEXTS, COUNT), out, cell.form))
     assert off(found, expected) < cell.limit
     assert found.continuations == continuations
-    base = Request(on_disk(cell.tiny), TEXTS)
     if (cell.engine, cell.architecture) in {(gap.engine, gap.architecture) for gap in GAPS if gap.says == "type"}:
         with pytest.raises(CheckFailed):  # only as a llama the engine reads it at all
-            asked.ask(base)
+            asked.ask(Request(on_disk(cell.tiny), TEXTS))
     else:
-        assert off(asked.ask(base), expected) > 100 * cell.limit
+        assert off(of_base(asked, cell.tiny), expected) > 100 * cell.limit
 
 
 @pytest.mark.parametrize("gap", GAPS, ids=str)

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from austeer.compiler import Edit, Program, Refused, Scale, Shift, UsageError
+from austeer.compiler import CheckpointError, Edit, Program, Refused, Scale, Shift, UsageError
 from austeer.compiler.verbs.build import BuildReport, build
 from austeer.compiler.verbs.common import Settings, target_for
 from austeer.compiler.verbs.demo import MODEL
+from austeer.compiler.verbs.engines import of_form
 from austeer.compiler.verbs.forms import FORMS, form_named
 from austeer.compiler.verbs.verify import Verification, verify
+from austeer.targets.engines.engine import Request
 from tests.engines.llama_cpp import use_converter
 
 CPU = Settings(device="cpu", dtype="float32")
@@ -44,8 +46,8 @@ def made(folder: Path, edits: tuple[Edit, ...], form: str, target: str | None, t
                  settings=CPU)  # fmt: skip
 
 
-def check(folder: Path, texts: Path) -> Verification:
-    return verify(folder / "out", base=str(MODEL), texts=texts, settings=CPU)
+def check(folder: Path, texts: Path, engines: tuple[str, ...] = ()) -> Verification:
+    return verify(folder / "out", base=str(MODEL), texts=texts, engines=engines, settings=CPU)
 
 
 @pytest.mark.parametrize(("form", "target", "edits"), CASES, ids=lambda value: str(value) if value else "-")
@@ -74,6 +76,22 @@ def test_a_form_is_built_certified_and_verified(
             check(tmp_path, texts)
     else:
         assert any(COPIES[form] in problem for problem in check(tmp_path, texts).problems)
+
+
+def test_model_code_is_asked_of_engines_that_run_code(tmp_path: Path, texts: Path) -> None:
+    made(tmp_path, CODE_ONLY, "model-code", None, None)
+    found = check(tmp_path, texts, ("transformers",))
+    assert found.passed, found.problems
+    assert found.engines[0].compiled.max_abs < 1e-4 < found.engines[0].edited.max_abs
+
+
+def test_no_engine_is_asked_to_run_the_code_of_others(tmp_path: Path) -> None:
+    made(tmp_path, CODE_ONLY, "model-code", None, None)
+    assert of_form(Request(MODEL, ()), tmp_path / "out", "model-code").code
+    with (tmp_path / "out/modeling_austeer.py").open("a") as code:
+        code.write("\n")
+    with pytest.raises(CheckpointError, match="so it is not run here"):
+        of_form(Request(MODEL, ()), tmp_path / "out", "model-code")
 
 
 def test_equal_inputs_give_equal_bytes_in_every_form(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def test_an_engine_without_adapters_says_so() -> None:
         Engine("e", (), "", lambda _: Answer((), ())).ask(Request(Path("model"), (), adapter=Path("adapter")))
 
 
+def test_an_engine_without_model_code_says_so() -> None:
+    with pytest.raises(UsageError, match="runs no model code; transformers and vllm do"):
+        Engine("e", (), "", lambda _: Answer((), ())).ask(Request(Path("model"), (), code=True))
+
+
 def test_engines_neither_print_nor_warn(capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: Request) -> Answer:
         sys.stdout.write("loading\n")
