@@ -18,7 +18,7 @@ from austeer.passes.fold import fold
 from austeer.targets.checkpoint import Writing
 from austeer.targets.lora import plan, write
 from tests.engines.llama_cpp import converted, log_probabilities, served
-from tests.engines.test_stories import CLOSE, TEXT, edits
+from tests.engines.test_stories import CLOSE, TEXT, folds
 from tests.shared import shared
 from tests.tiny import load
 
@@ -49,7 +49,7 @@ def test_the_base_with_the_adapter_says_in_llama_cpp_what_the_interpreter_says(t
     folder = shared("models/stories260K")
     base = Checkpoint.open(folder)
     layout = Layout.of(base, facts_of("stories260K", base.config))
-    program = Program.of(edits(layout.facts.geometry), model=folder)
+    program = Program.of(folds(layout.facts.geometry), model=folder)
     (tmp_path / "adapter").mkdir()
     own = ModelForm(layout.facts.architecture)
     made = plan(fold(program, layout.facts, own), layout, "llama.cpp", name="stories260K")
