@@ -170,7 +170,9 @@ def _lock(partial: Path, out: Path) -> int:
     # The lock dies with its process, so a left-over that can be locked is a dead build's. Between open and
     # flock its owner may rename or remove it: then what is locked is not what stands there, and we try again.
     while True:
-        partial.mkdir(exist_ok=True)
+        # Not exist_ok: where its owner renames it at this moment, pathlib would take it for something else.
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
         try:
             descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
