@@ -135,6 +135,12 @@ class Architecture:
     activation: Activation = Activation()
 
     @property
+    def values(self) -> Linear | None:
+        """The map that makes values and nothing else; None where it is fused with queries and keys."""
+        alone = [linear for linear in self.inputs if linear.outputs == ("kv",)]  # keys, then values
+        return alone[-1] if alone else None
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """Every linear map of a block that has no experts."""
         return (self.attn_out, self.ffn_out, *self.inputs)

@@ -1,5 +1,6 @@
 """The manifest austeer.json: what a compiled checkpoint was made from, how, and how exact it is."""
 
+import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ MANIFEST = "austeer.json"
 # In a folder of its own: engines load every *.safetensors that lies beside the weights.
 PROGRAM = "austeer/program.safetensors"
 FORMAT = 1
+_CHUNK = 2**24
 VERSIONED = ("austeer-compile", "numpy", "safetensors", "torch", "transformers")
 
 
@@ -29,6 +31,15 @@ def describe_base(checkpoint: Checkpoint, name: str, revision: str | None, sha25
         for shard in checkpoint.shards
     }
     return {"id": name, "revision": revision, "files": files}
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, which is read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def tool_versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 from austeer.compiler.errors import CheckpointError, OutputError
 
@@ -61,6 +62,13 @@ def write_file(path: Path, data: bytes) -> None:
     """A new file; for use inside `staged`. Raises FileExistsError."""
     with os.fdopen(create_file(path), "wb") as file:
         file.write(data)
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Writes to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

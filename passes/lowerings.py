@@ -112,8 +112,7 @@ def _in_architecture(
 
 def _by_values(site: str, entry: Architecture, row: Row, *, post_norm: bool) -> Iterator[Lowering]:
     """Everything that needs a bias of v_proj, which stands in for a constant attention."""
-    values = entry.inputs[2] if len(entry.inputs) > 2 else entry.attn_out
-    if values.outputs != ("kv",) or not _keeps(values, row.qkv) or entry.block_norm:
+    if entry.values is None or not _keeps(entry.values, row.qkv) or entry.block_norm:
         return
     out_bias = row.attn != "refuses" or not isinstance(entry.attn_out.bias, Flag)
     if site == "heads":
@@ -145,10 +144,5 @@ def why_not(kind: type[Edit], site: str, architecture: str, target: Target, *, p
     linear, treatment = (entry.attn_out, row.attn) if at_attention else (entry.ffn_out, row.ffn)
     why = WHY.get(treatment, UNANNOUNCED)
     reason = why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)
-    could_insert = not row.layers and any(map(_is_v_proj, entry.inputs)) and row.qkv in KEEPS
+    could_insert = not row.layers and entry.values is not None and entry.values.bias is not False and row.qkv in KEEPS
     return f"{reason}, and nobody has seen it run one with an inserted layer" if could_insert else reason
-
-
-def _is_v_proj(linear: Linear) -> bool:
-    """Whether it makes values alone, and can have a bias."""
-    return linear.outputs == ("kv",) and linear.bias is not False

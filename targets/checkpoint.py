@@ -17,7 +17,7 @@ from austeer.compiler.form import ModelForm
 from austeer.compiler.layout import Layout, OutputLayout
 from austeer.compiler.patch import Affine, Patch
 from austeer.compiler.rewrite import BLOCK, Matrix, recycle_blocks
-from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file, write_file
+from austeer.compiler.staging import clone_file, copy_file, copy_range, create_file, write_all, write_file
 from austeer.compiler.tensors import TensorInfo, nbytes_of, render_header
 from austeer.targets.chunks import Copy, Zeros
 from austeer.targets.constants import Constants, Place, constants_of
@@ -171,7 +171,7 @@ def _write_shard(shard: Shard, target: Path, writing: Writing) -> None:
                 new.truncate(new.seek(length, os.SEEK_CUR))  # a hole, where the file system has them
             else:
                 length = len(chunk.data)
-                _write_all(new, chunk.data)
+                write_all(new, chunk.data)
             writing.advance(length)
 
 
@@ -181,12 +181,6 @@ def _copy(base: IO[bytes], new: IO[bytes], chunk: Copy, *, cloned: bool) -> None
         new.seek(chunk.end)
     else:
         copy_range(base.fileno(), new.fileno(), chunk.start, chunk.end - chunk.start)
-
-
-def _write_all(file: Any, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _weight_jobs(affine: Affine, output: OutputLayout) -> list[Job]:

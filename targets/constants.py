@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from austeer.compiler.architectures import Linear
 from austeer.compiler.edits import Floats
 from austeer.compiler.errors import Refused
 from austeer.compiler.layout import OutputLayout
@@ -77,7 +76,7 @@ def _into_values(made: Constants, output: OutputLayout, layer: int, shift: Float
     heads = shift.reshape(facts.kv // facts.head_dim, -1, facts.head_dim)
     values = heads[:, 0].reshape(-1)
     slot = output.slot_of(layer, attention=True)
-    name = output.linear_name(slot, _values(output)) + ".bias"
+    name = _value_bias(output, slot)
     if name in output.added:
         _fill(made, (layer, "attn_out"), name, lambda: values, (None,))
         return
@@ -93,7 +92,7 @@ def _into_layer(made: Constants, output: OutputLayout, place: Place, values: Val
     """
     number = next(index for index, slot in enumerate(output.slots) if slot.constant == place)
     entry = output.form.architecture
-    bias = output.linear_name(number, _values(output)) + ".bias"
+    bias = _value_bias(output, number)
     _fill(made, place, bias, lambda: _first_unit(output.base.facts.kv), FIRST)
     name = output.linear_name(number, entry.attn_out) + ".weight"
     norm = entry.attn_norm
@@ -130,10 +129,10 @@ def _fill(made: Constants, place: Place, name: str, values: Values, axes: Slice 
     made.held.setdefault(place, []).append((name, axes))
 
 
-def _values(output: OutputLayout) -> Linear:
-    return next(
-        linear for linear in output.form.architecture.inputs if linear.outputs == ("kv",) and "v_" in linear.name
-    )
+def _value_bias(output: OutputLayout, layer: int) -> str:
+    values = output.form.architecture.values
+    assert values is not None, "legalize chose a route by v_proj"
+    return output.linear_name(layer, values) + ".bias"
 
 
 def _first_unit(width: int) -> Floats:

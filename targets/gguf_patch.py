@@ -13,7 +13,7 @@ from austeer.compiler.errors import Refused
 from austeer.compiler.patch import Affine, Patch, Touch
 from austeer.compiler.program import Program
 from austeer.compiler.rewrite import Matrix, constant, recycle_blocks, stored_values
-from austeer.compiler.staging import copy_range, create_file
+from austeer.compiler.staging import copy_range, create_file, write_all
 from austeer.compiler.tensors import TensorInfo
 from austeer.passes.fold import fold
 from austeer.passes.in_place import require_in_place
@@ -128,7 +128,7 @@ def write(plan: GgufPatchPlan, folder: Path, writing: Writing) -> None:
             if piece.data is None:
                 copy_range(base.fileno(), new.fileno(), piece.offset, piece.length)
             else:
-                _write_all(new, piece.data)
+                write_all(new, piece.data)
             if piece.tensor:
                 writing.rounding[piece.tensor] = max(writing.rounding.get(piece.tensor, 0.0), piece.rounding)
             writing.advance(piece.length)
@@ -145,12 +145,6 @@ def problems(folder: Path, plan: GgufPatchPlan) -> dict[str, str]:
                 what = f"{piece.tensor} does not hold what the program makes of the base"
                 return {plan.file: what if piece.tensor else "bytes outside the edited slices differ from the base"}
     return {plan.file: "ok"}
-
-
-def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _same(piece: _Piece, base: IO[bytes], written: IO[bytes]) -> bool:

@@ -1,6 +1,5 @@
 """import: a steering artefact of another tool → program."""
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.errors import AusteerError, InputError, UsageError
+from austeer.compiler.manifest import sha256_of
 from austeer.compiler.program import Program
 from austeer.compiler.sites import site_named
 from austeer.compiler.staging import require_place
@@ -87,15 +87,7 @@ def _provenance(kind: Format, file: Path, asked: Asked, strength: float) -> str:
     """Format, file and options in one line; no path, and the same for equal files."""
     said = {**_said(asked), "strength": strength}
     options = ", ".join(f"{name} {_text(value)}" for name, value in said.items())
-    return f"{kind.name} {file.name!r} (SHA-256 {_sha256(file)}), {options}"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(2**20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return f"{kind.name} {file.name!r} (SHA-256 {sha256_of(file)}), {options}"
 
 
 def _said(asked: Asked) -> dict[str, Any]:

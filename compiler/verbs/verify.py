@@ -1,6 +1,5 @@
 """verify: a compiled checkpoint checked from its files alone: bytes, then numbers."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.errors import UsageError
-from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
+from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest, sha256_of
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import take_tokens
 from austeer.compiler.verbs.approximate import recorded_approximation
@@ -17,8 +16,6 @@ from austeer.compiler.verbs.bases import Base, GgufBase, open_any_base
 from austeer.compiler.verbs.common import Compiled, Settings, certificate_dtype, measuring_texts
 from austeer.compiler.verbs.engines import check_engines
 from austeer.targets.engines.registry import engine_named
-
-CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -107,13 +104,5 @@ def _identity_problems(manifest: dict[str, Any], program: Program, base: Base | 
     for name, facts in recorded.items():
         if any(found[name][key] != facts[key] for key in ("size", "header_sha256")):
             yield f"{name} of the base is not the file that was compiled (its size or header differs)"
-        elif "sha256" in facts and _sha256(base.path / name) != facts["sha256"]:
+        elif "sha256" in facts and sha256_of(base.path / name) != facts["sha256"]:
             yield f"{name} of the base is not the file that was compiled (its content differs)"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
