@@ -198,13 +198,13 @@ def path_values(path: Path) -> dict[str, Any]:
 def test_the_bytes_planned_are_those_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = program(LLAMA, share=0.5)
     written: list[int] = []
-    plain: Callable[[Any, Any], None] = checkpoint._write_all
+    plain: Callable[[Any, Any], None] = checkpoint.write_all
 
     def counting(file: Any, data: Any) -> None:
         written.append(len(data))
         plain(file, data)
 
-    monkeypatch.setattr(checkpoint, "_write_all", counting)
+    monkeypatch.setattr(checkpoint, "write_all", counting)
     assert compiled(on_disk(LLAMA), made, tmp_path).plain()["bytes_to_rewrite"] == sum(written)
 
 
