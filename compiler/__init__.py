@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SpaceError,
         UsageError,
     )
+    from austeer.compiler.gates import Fitted, Gate, Gated
     from austeer.compiler.interpreter import interpret
     from austeer.compiler.program import Program
 
@@ -30,6 +31,9 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "Edit",
+    "Fitted",
+    "Gate",
+    "Gated",
     "InputError",
     "OutputError",
     "PairsError",
@@ -47,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("errors", "edits", "program", "interpreter"):  # in order of cost
+        for module in ("errors", "edits", "gates", "program", "interpreter"):  # in order of cost
             home = import_module(f"{__name__}.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

@@ -1,6 +1,6 @@
 """Edits: the statements of the source language (what happens to one activation of one layer)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -13,10 +13,10 @@ from austeer.compiler.sites import SITES, SPACE, SiteName, Space
 Floats: TypeAlias = NDArray[np.float32]
 
 
-def as_vector(values: Any, what: str) -> Floats:
+def as_vector(values: Any, what: str, dimensions: int = 1) -> Floats:
     """A private, read-only float32 copy of `values` (list, numpy array or torch tensor of any device).
 
-    Raises ProgramError unless it is one-dimensional and finite.
+    Raises ProgramError unless it is finite and has so many dimensions.
     """
     if hasattr(values, "detach"):  # a torch tensor, without importing torch for those who do not use it
         values = values.detach().cpu().float().numpy()
@@ -27,8 +27,9 @@ def as_vector(values: Any, what: str) -> Floats:
             vector = np.array(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ProgramError(f"{what}: not a vector of numbers ({error})") from None
-    if vector.ndim != 1:
-        raise ProgramError(f"{what}: expected one dimension, got shape {vector.shape}")
+    if vector.ndim != dimensions:
+        expected = "one dimension" if dimensions == 1 else f"{dimensions} dimensions"
+        raise ProgramError(f"{what}: expected {expected}, got shape {vector.shape}")
     if not np.isfinite(vector).all():
         raise ProgramError(f"{what}: holds nan or infinity; every value must be a finite float32 number")
     vector.setflags(write=False)
@@ -87,9 +88,13 @@ class Edit:
         names = (name for name in self.names() if name not in self.vectors)
         return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
 
+    def arrays(self) -> dict[str, Floats]:
+        """The vectors by name; a dot in a name leads into a part of the edit."""
+        return {name: getattr(self, name) for name in self.vectors}
+
     def plain(self) -> dict[str, Any]:
         """All fields as JSON values; float32 vectors become lists of Python floats."""
-        return {**self.scalars(), **{name: getattr(self, name).tolist() for name in self.vectors}}
+        return nested(self.scalars(), {name: array.tolist() for name, array in self.arrays().items()})
 
     def widths(self) -> Iterable[tuple[str, Space, int]]:
         """(field, space, length) of each vector that spans a whole space."""
@@ -102,9 +107,21 @@ class Edit:
         return hash((self.kind, self.layer, self.site))
 
 
-def set_field(edit: Edit, name: str, value: Any) -> None:
-    """Normalises a field while the frozen edit is being made, and at no other time."""
+def set_field(edit: object, name: str, value: Any) -> None:
+    """Normalises a field while the frozen object is being made, and at no other time."""
     object.__setattr__(edit, name, value)
+
+
+def nested(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the values put in by their dotted names; ProgramError where a name leads nowhere."""
+    made = dict(fields)
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        within = made.get(first, {}) if rest else {}
+        if not isinstance(within, Mapping):
+            raise ProgramError(f"{name}: there is no place for it, since {first} is {within!r}")
+        made[first] = nested(within, {rest: value}) if rest else value
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,18 +209,3 @@ class Rank1(Edit):
     def widths(self) -> Iterable[tuple[str, Space, int]]:
         """k spans the site's space, v the residual space."""
         return (("k", self.space, len(self.k)), ("v", "residual", len(self.v)))
-
-
-KINDS: dict[str, type[Edit]] = {kind.kind: kind for kind in (Scale, Shift, Rank1)}
-
-
-def edit_from(plain: dict[str, Any], what: str) -> Edit:
-    """The edit whose `plain()` gave it (vectors may be arrays); ProgramError if there is none."""
-    kind = KINDS.get(str(plain.get("kind")))
-    if kind is None:
-        raise ProgramError(f"{what}: unknown kind {plain.get('kind')!r}; this version knows {', '.join(KINDS)}")
-    given = {name: value for name, value in plain.items() if name != "kind"}
-    if given.keys() != set(kind.names()):
-        expected = ", ".join(kind.names())
-        raise ProgramError(f"{what}: a {kind.kind} has the fields {expected}; got {', '.join(given)}")
-    return kind(**given)

@@ -60,6 +60,14 @@ class ModelForm:
         return role == "attn_out" and not set(self.routes.values()) <= {"bias", "norm"}
 
 
+WIDTH_MULTIPLE = 256  # what quantised kernels of engines ask of an FFN's width
+
+
+def widening(neurons: int, more: int) -> int:
+    """By how much an FFN of so many neurons gets wider to hold more of them, in a width that engines like."""
+    return -(-(neurons + more) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE - neurons if more else 0
+
+
 @dataclass(frozen=True)
 class Slot:
     """One layer of the output: whose attention and whose FFN it has (None: all zero), or whose constant.

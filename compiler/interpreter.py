@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from austeer.compiler.edits import Edit, Rank1, Scale, Shift
+from austeer.compiler.gates import Gated
+from austeer.compiler.gating import gate_block
+from austeer.compiler.hooked import Placed, widen
 from austeer.compiler.live import live_facts, port
 from austeer.compiler.sites import SITES
 
@@ -32,11 +35,16 @@ def interpret(model: "PreTrainedModel", program: "Program") -> Generator["PreTra
     program.require_fit(facts.geometry)
     with ExitStack() as hooks:
         for layer in sorted({edit.layer for edit in program.edits}):
+            here = [edit for edit in program.edits if edit.layer == layer]
             for site in SITES:
-                edits = [edit for edit in program.edits if (edit.layer, edit.site) == (layer, site)]
+                edits = [edit for edit in here if edit.site == site and not isinstance(edit, Gated)]
                 if edits:
                     for handle in _hook(port(model, facts, layer, site), edits):
                         hooks.callback(handle.remove)
+            # After those above, whose changes the gated edits read.
+            gated = [edit for edit in here if isinstance(edit, Gated)]
+            for handle in gate_block(model, facts, layer, gated):
+                hooks.callback(handle.remove)
         yield model
 
 
@@ -60,7 +68,7 @@ def _on_first(changes: list[Change], output: Any) -> Any:
 
 
 def _apply(changes: list[Change], x: "Tensor") -> "Tensor":
-    wide = _widen(x)
+    wide = widen(x)
     for change in changes:
         wide = change(wide)
     return wide.to(x.dtype)
@@ -70,38 +78,20 @@ def _change(edit: Edit) -> Change:
     import torch
 
     if isinstance(edit, Shift):
-        vector = _Placed(torch.tensor(edit.vector))
+        vector = Placed(torch.tensor(edit.vector))
         return lambda x: x + vector.on(x)
     assert isinstance(edit, Scale), edit
-    units, factors = _Placed(torch.tensor(edit.units, dtype=torch.int64)), _Placed(1 + torch.tensor(edit.gamma))
+    units, factors = Placed(torch.tensor(edit.units, dtype=torch.int64)), Placed(1 + torch.tensor(edit.gamma))
     return lambda x: x.index_copy(-1, units.on(x), x[..., units.on(x)] * factors.on(x))
 
 
 def _rank1(edit: Rank1) -> Callable[..., "Tensor"]:
     import torch
 
-    k, v = _Placed(torch.tensor(edit.k)), _Placed(edit.strength * torch.tensor(edit.v))
+    k, v = Placed(torch.tensor(edit.k)), Placed(edit.strength * torch.tensor(edit.v))
 
     def hook(_: Any, inputs: tuple["Tensor", ...], output: "Tensor") -> "Tensor":
-        x = _widen(inputs[0])
-        return (_widen(output) + (x @ k.on(x).to(x.dtype))[..., None] * v.on(x)).to(output.dtype)
+        x = widen(inputs[0])
+        return (widen(output) + (x @ k.on(x).to(x.dtype))[..., None] * v.on(x)).to(output.dtype)
 
     return hook
-
-
-def _widen(x: "Tensor") -> "Tensor":
-    import torch
-
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _Placed:
-    """A constant that follows the activations to their device, once."""
-
-    def __init__(self, value: "Tensor") -> None:
-        self.value = value
-
-    def on(self, x: "Tensor") -> "Tensor":
-        if self.value.device != x.device:
-            self.value = self.value.to(x.device)
-        return self.value

@@ -171,6 +171,10 @@ class OutputLayout:
         """The name of a norm's weight in a layer of the output."""
         return f"{self._output.block(layer)}{norm}.weight"
 
+    def has_bias(self, linear: Linear) -> bool:
+        """Whether a linear map of the output, in all its layers, has a bias."""
+        return self._output.facts.has_bias(linear)
+
     def slot_of(self, layer: int, *, attention: bool) -> int:
         """The layer of the output that has the attention, or the FFN, of a layer of the base."""
         return next(

@@ -8,6 +8,7 @@ import numpy as np
 
 from austeer.compiler.edits import Edit, Floats
 from austeer.compiler.errors import SpaceError
+from austeer.compiler.gates import Gated
 from austeer.compiler.sites import Space
 from austeer.compiler.stream import StreamRole
 
@@ -21,6 +22,8 @@ READS: Mapping[Role, Space] = {"attn_out": "heads", "ffn_out": "neurons"}  # all
 
 def role_of(edit: Edit, *, post_norm: bool) -> Role:
     """Where an edit ends up: without a norm after it, the FFN's projection is the last thing in its block."""
+    if isinstance(edit, Gated):  # in neurons, wherever it reads
+        return "ffn_out"
     if edit.site == "residual" and post_norm:
         return "block"
     return "attn_out" if edit.site in ("heads", "attn") else "ffn_out"
@@ -135,8 +138,9 @@ class Neurons:
     """n neurons appended to the FFN of a layer, which add down · (act(gate·h + gate_bias) ⊙ (up·h + up_bias)).
 
     h is the input of the FFN. In an FFN without a gate, `gate` is what it reads with, and `up` and `up_bias` are
-    not used. No scale of the output reaches them: `down` is what they add in the end. `edits`: for each neuron
-    the number of the edit that it is for.
+    not used. No scale of the output reaches them: `down` is what they add in the end, as vectors of `space`: those
+    of another space than the residual pass through the base's output projection that reads it. `edits`: for each
+    neuron the number of the edit that it is for.
     """
 
     layer: int
@@ -144,9 +148,10 @@ class Neurons:
     gate_bias: Floats  # [n]
     up: Floats  # [n, residual]
     up_bias: Floats  # [n]
-    down: Floats  # [residual, n]
+    down: Floats  # [width of the space, n]
     edits: tuple[int, ...]
     exact: bool
+    space: Space = "residual"
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class Patch:
     """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer.
 
     `stream`: at most one Rescale per layer and role, where the residual stream is kept in other units.
-    `neurons`: what FFNs are widened with, at most once per layer.
+    `neurons`: what FFNs are widened with, those of a layer side by side.
     """
 
     operations: tuple[Affine, ...]

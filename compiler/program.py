@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from austeer.compiler.edits import Edit, Scale, edit_from
+from austeer.compiler.edits import Edit, Scale, nested
 from austeer.compiler.errors import ProgramError, SpaceError
 from austeer.compiler.facts import Geometry, read_facts
+from austeer.compiler.gates import Gated
+from austeer.compiler.kinds import edit_from
 from austeer.compiler.staging import write_atomically
 
 METADATA_KEY = "austeer-program"
@@ -55,8 +57,9 @@ class Program:
         digest = hashlib.sha256(_canonical({**self.model.plain(), "name": "", "format": FORMAT}))
         for edit in self.edits:
             digest.update(_canonical(edit.scalars()))
-            for name in edit.vectors:
-                digest.update(getattr(edit, name).astype("<f4").tobytes())
+            for name, array in edit.arrays().items():
+                digest.update(_canonical({name: array.shape}) if isinstance(edit, Gated) else b"")
+                digest.update(array.astype("<f4").tobytes())
         return digest.hexdigest()
 
     def require_fit(self, model: Geometry) -> None:
@@ -78,7 +81,7 @@ class Program:
         tensors: dict[str, Any] = {}
         edits: list[dict[str, Any]] = []
         for number, edit in enumerate(self.edits):
-            tensors |= {f"{number}.{name}": getattr(edit, name) for name in edit.vectors}
+            tensors |= {f"{number}.{name}": array for name, array in edit.arrays().items()}
             edits.append(edit.scalars())
         body: dict[str, Any] = {"format": FORMAT, "sha256": self.sha256, "model": self.model.plain(), "edits": edits}
         if self.provenance:
@@ -110,9 +113,10 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 def _verify(edit: Edit, model: Geometry, what: str) -> None:
     if edit.layer >= model.layers:
         raise ProgramError(f"{what}: {model.name} has layers 0 to {model.layers - 1}")
-    if isinstance(edit, Scale):
+    scale = edit.edit if isinstance(edit, Gated) else edit
+    if isinstance(scale, Scale):
         width = model.width(edit.space)
-        outside = [unit for unit in edit.units if unit >= width]
+        outside = [unit for unit in scale.units if unit >= width]
         if outside:
             raise ProgramError(f"{what}: unit {outside[0]} is outside the site's {width} units")
     for name, space, length in edit.widths():
@@ -151,7 +155,7 @@ def _edits_from(edits: list[Any], tensors: dict[str, Any]) -> tuple[Edit, ...]:
             raise ProgramError(f"edit {number} is not a JSON object")
         prefix = f"{number}."
         vectors = {name.removeprefix(prefix): unused.pop(name) for name in list(unused) if name.startswith(prefix)}
-        made.append(edit_from({**fields, **vectors}, f"edit {number}"))
+        made.append(edit_from(nested(fields, vectors), f"edit {number}"))
     if unused:
         raise ProgramError(f"tensors that belong to no edit: {', '.join(sorted(unused))}")
     return tuple(made)

@@ -59,6 +59,14 @@ class Target:
         return f"{self.title} {self.version}".rstrip()
 
 
+def widens(target: Target, architecture: str) -> bool:
+    """Whether FFNs may have another width than is usual."""
+    if target.members:
+        return all(widens(member, architecture) for member in target.members)
+    row = target.row(architecture)
+    return isinstance(row, Row) and row.widens
+
+
 def target_named(name: str, known: Mapping[str, Target]) -> Target:
     """The target of this name; UsageError, naming all, if there is none."""
     if name not in known:

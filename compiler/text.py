@@ -4,19 +4,24 @@
     layer 0 ffn scale 3:0.5 17:-0.25
     layer 1 heads shift 0.1 0 -0.3 ...
     layer 2 neurons rank1 strength 0.5 k 1 0 ... v 0 1 ...
+    layer 3 ffn gated scale 3:0.5 gate delta 8 b -0.5 w 0.1 0 ...
 
+A gate may go on with `constant NUMBERS`, and a gated edit with `neurons` and its five named lists, row by row.
 One edit a line, in program order; `#` starts a comment line. Numbers are the shortest that give the float32.
 """
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
 
-from austeer.compiler.edits import Edit, Rank1, Scale, Shift, edit_from
+from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.errors import ProgramError
 from austeer.compiler.facts import Geometry
+from austeer.compiler.gates import Gated
+from austeer.compiler.kinds import edit_from
 from austeer.compiler.program import Program
 
 Parsed = TypeVar("Parsed")
@@ -53,7 +58,7 @@ def parse(text: str) -> Program:
 def _at(number: int, line: str, parser: Callable[[str], Parsed]) -> Parsed:
     try:
         return parser(line)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, KeyError) as error:
         raise ProgramError(f"line {number}: cannot be read ({error}): {line[:80]!r}") from None
     except ProgramError as error:
         raise type(error)(f"line {number}: {error}") from None
@@ -73,10 +78,41 @@ def _parse_edit(line: str) -> Edit:
     words = line.split()
     if words[0] != "layer":
         raise ValueError("expected: layer NUMBER SITE KIND ...")
-    layer, site, kind, rest = int(words[1]), words[2], words[3], words[4:]
+    return edit_from(_parse_fields({"layer": int(words[1]), "site": words[2]}, words[3], words[4:]), "edit")
+
+
+def _parse_fields(place: dict[str, Any], kind: str, rest: list[str]) -> dict[str, Any]:
+    if kind == Gated.kind:
+        return _parse_gated(place, rest)
     if kind not in PARSERS:
-        raise ValueError(f"unknown kind {kind!r}; known are {', '.join(PARSERS)}")
-    return edit_from({"kind": kind, "layer": layer, "site": site, **PARSERS[kind](rest)}, "edit")
+        raise ValueError(f"unknown kind {kind!r}; known are {', '.join((*PARSERS, Gated.kind))}")
+    return {"kind": kind, **place, **PARSERS[kind](rest)}
+
+
+def _parse_gated(place: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    start = words.index("gate")
+    end = words.index("neurons") if "neurons" in words else len(words)
+    numbers = _named(words[start + 1 : end])
+    one = {name: values[0] for name, values in numbers.items() if name in ("delta", "b")}
+    gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, words[0], words[1:start])}
+    neurons = _named(words[end + 1 :])
+    if neurons:
+        count, residual = len(neurons["gate_bias"]), len(numbers["w"])
+        shapes = {"gate": (count, residual), "up": (count, residual), "down": (residual, count)}
+        gated["neurons"] = {name: np.reshape(row, shapes.get(name, (count,))) for name, row in neurons.items()}
+    return {**gated, "gate": {**numbers, **one}}
+
+
+def _named(words: list[str]) -> dict[str, list[float]]:
+    """The lists of numbers that follow each name."""
+    found: dict[str, list[float]] = {}
+    name = ""
+    for word in words:
+        if word.isidentifier() and word not in ("nan", "inf"):
+            name, found[word] = word, []
+        else:
+            found[name].append(float(word))
+    return found
 
 
 def _parse_scale(words: list[str]) -> dict[str, Any]:
@@ -107,12 +143,25 @@ def _render_edit(edit: Edit) -> str:
 
 
 def _render_rest(edit: Edit) -> str:
+    if isinstance(edit, Gated):
+        return _render_gated(edit)
     if isinstance(edit, Scale):
         return " ".join(f"{unit}:{_number(gamma)}" for unit, gamma in zip(edit.units, edit.gamma, strict=True))
     if isinstance(edit, Shift):
         return _numbers(edit.vector)
     assert isinstance(edit, Rank1), edit
     return f"strength {_number(edit.strength)} k {_numbers(edit.k)} v {_numbers(edit.v)}"
+
+
+def _render_gated(gated: Gated) -> str:
+    gate, neurons = gated.gate, gated.neurons
+    words = [gated.edit.kind, _render_rest(gated.edit)]
+    words += ["gate delta", _number(gate.delta), "b", _number(gate.b), "w", _numbers(gate.w)]
+    words += ["constant", _numbers(gate.constant)] if len(gate.constant) else []
+    for part in fields(neurons) if neurons else ():
+        words += ["neurons"] if part.name == "gate" else []
+        words += [part.name, _numbers(getattr(neurons, part.name).flat)]
+    return " ".join(words)
 
 
 def _numbers(values: Iterable[float]) -> str:

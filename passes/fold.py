@@ -7,9 +7,11 @@ import numpy as np
 from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
+from austeer.compiler.gates import Gated
 from austeer.compiler.patch import READS, Affine, Patch, Role, Touch, Vector
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES
+from austeer.passes.gate_neurons import gate_neurons
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, with its tensor's name, when it is written
@@ -20,7 +22,8 @@ def fold(program: Program, facts: ModelFacts, form: ModelForm) -> Patch:
     """
     forms: dict[tuple[int, Role], Affine] = {}
     values: dict[int, Vector] = {}
-    in_order = sorted(program.edits, key=lambda edit: (edit.layer, SITES.index(edit.site)))
+    plain = [edit for edit in program.edits if not isinstance(edit, Gated)]
+    in_order = sorted(plain, key=lambda edit: (edit.layer, SITES.index(edit.site)))
     for edit in in_order:
         key = (edit.layer, facts.role(edit))
         forms.setdefault(key, identity(*key, facts))
@@ -31,9 +34,11 @@ def fold(program: Program, facts: ModelFacts, form: ModelForm) -> Patch:
     touches = [
         touch
         for number, edit in enumerate(program.edits)
+        if not isinstance(edit, Gated)
         for touch in _touches(number, edit, forms[edit.layer, facts.role(edit)], facts)
     ]
-    return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches), values)
+    neurons = gate_neurons(program, facts, form)
+    return Patch(tuple(forms[key] for key in sorted(forms)), tuple(touches), values, neurons=neurons)
 
 
 def identity(layer: int, role: Role, facts: ModelFacts) -> Affine:

@@ -8,11 +8,13 @@ from austeer.compiler.architectures import ARCHITECTURES, Linear
 from austeer.compiler.edits import Edit, Scale, Shift
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
-from austeer.compiler.form import ModelForm, Route
+from austeer.compiler.form import ModelForm, Route, widening
+from austeer.compiler.gates import Gated
 from austeer.compiler.patch import Role
 from austeer.compiler.program import Program
 from austeer.compiler.reexpress import carriers, reexpression
 from austeer.compiler.target import Target
+from austeer.passes.gate_neurons import most_neurons
 from austeer.passes.lowerings import Lowering, lowerings, unkept, why_not
 
 WAY_OUT = (
@@ -31,8 +33,8 @@ def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
     places = _by_place(program.edits, facts)
     tried = [_in_carrier(carrier, places, facts, target) for carrier in carriers(facts.architecture.model_type)]
     forms = [form for form in tried if isinstance(form, ModelForm)]
-    if forms:
-        return min(forms, key=lambda form: form.inserted)  # the first of equals: the model's own architecture
+    if forms:  # of equals the first: the model's own architecture
+        return min(forms, key=lambda form: (_without_bias(program, form), form.inserted))
     reasons = dict.fromkeys(reason for form in tried if not isinstance(form, ModelForm) for reason in form)
     model = f"{facts.geometry.name} ({facts.architecture.model_type})"
     raise Refused("\n".join([f"{target} cannot carry this program in {model}:", *reasons, WAY_OUT]))
@@ -68,7 +70,14 @@ def _in_carrier(carrier: str, places: Places, facts: ModelFacts, target: Target)
         routes,
         period=max((choice.period for choice in legal.values()), default=1),
         out_bias=all(choice.out_bias for choice in legal.values()),
+        widened=widening(facts.geometry.neurons, most_neurons(edit for edits in places.values() for edit in edits)),
     )
+
+
+def _without_bias(program: Program, form: ModelForm) -> int:
+    """How many gates have to do without the biases of their neurons."""
+    gated = (edit for edit in program.edits if isinstance(edit, Gated))
+    return sum(form.routes.get((edit.layer, "ffn_out")) != "bias" for edit in gated)
 
 
 def _biased(carrier: str, facts: ModelFacts) -> list[Linear]:
@@ -97,21 +106,34 @@ def _choose(edits: Sequence[Edit], carrier: str, facts: ModelFacts, target: Targ
     if possible:
         return possible[0]
     hindered = {_hindrance(lowering, edits, facts) for lowering in shared} - {""}
-    shift = next(edit for edit in edits if isinstance(edit, Shift))
-    why = sorted(hindered) or [why_not(Shift, shift.site, carrier, target, post_norm=facts.post_norm)]
-    return [f"  {shift.where}: {'; '.join(why)}"]
+    edit = next(edit for edit in edits if isinstance(edit, (Shift, Gated)))
+    why = sorted(hindered) or [_why_not(edit, carrier, facts, target)]
+    return [f"  {edit.where}: {'; '.join(why)}"]
+
+
+def _why_not(edit: Edit, carrier: str, facts: ModelFacts, target: Target) -> str:
+    if isinstance(edit, Gated):
+        bias = why_not(Shift, "ffn", carrier, target, post_norm=facts.post_norm)
+        return f"{bias}; and the gate has no constant direction to do without, which `steer --adaptive` fits"
+    return why_not(type(edit), edit.site, carrier, target, post_norm=facts.post_norm)
 
 
 def _lowerings(edit: Edit, facts: ModelFacts, target: Target) -> list[Lowering]:
     architecture = facts.architecture.model_type
     found = lowerings(type(edit), edit.site, architecture, target, post_norm=facts.post_norm)
-    return [] if isinstance(found, str) else found
+    if isinstance(found, str):
+        return []
+    if isinstance(edit, Gated) and not len(edit.gate.constant) and not facts.has_bias(facts.architecture.ffn_out):
+        return [lowering for lowering in found if lowering.route]
+    return found
 
 
 def refusal(edit: Edit, facts: ModelFacts, target: Target) -> str | None:
     """Why this edit has no lowering at all, in any architecture the model could be written as."""
     if edit.site == "neurons" and facts.has_experts(edit.layer):
         return "the layer is a mixture of experts, so a neuron has no one place; use site ffn"
+    if isinstance(edit, Gated) and not isinstance(edit.edit, Shift) and edit.neurons is None:
+        return "no neurons are fitted to it, and no weight does it exactly; `steer --adaptive` fits them"
     found = lowerings(type(edit), edit.site, facts.architecture.model_type, target, post_norm=facts.post_norm)
     return found if isinstance(found, str) else None
 

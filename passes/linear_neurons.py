@@ -17,7 +17,7 @@ from austeer.compiler.architectures import holds
 from austeer.compiler.edits import Edit, Scale, Shift
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
-from austeer.compiler.form import ModelForm
+from austeer.compiler.form import ModelForm, widening
 from austeer.compiler.forward import run_texts
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import block_of, live_facts
@@ -25,7 +25,7 @@ from austeer.compiler.patch import Neurons, Patch
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
 from austeer.compiler.stream import STREAMS
-from austeer.compiler.target import Row, Target
+from austeer.compiler.target import Target, widens
 from austeer.compiler.tokens import Tokens
 from austeer.passes.fold import fold
 from austeer.passes.legalize import legalize
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "linear-neurons"
-WIDTH_MULTIPLE = 256  # what quantised kernels of engines ask of an FFN's width
 LINEAR_PAIRS = frozenset(
     ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "quick_gelu", "relu")
 )
@@ -128,10 +127,10 @@ def _form(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
         form = None
     if form is None or any(form.routes.get((layer, "ffn_out")) != "bias" for layer in layers):
         raise Refused(f"{target} keeps no bias of the FFN in this model, and the neurons need one")
-    if not _widens(target, form.architecture.model_type):
+    if not widens(target, form.architecture.model_type):
         raise Refused(f"{target} has one width for the FFN of a {form.architecture.model_type}")
     count = max(2 * sum(len(edit.units) for edit in scales.values() if edit.layer == layer) for layer in layers)
-    return replace(form, widened=_rounded(facts.geometry.neurons + count) - facts.geometry.neurons)
+    return replace(form, widened=widening(facts.geometry.neurons, count))
 
 
 def _reasons(layers: Sequence[int], facts: ModelFacts) -> Iterator[str]:
@@ -147,17 +146,6 @@ def _reasons(layers: Sequence[int], facts: ModelFacts) -> Iterator[str]:
     activation = entry.activation.of(facts.config)
     if activation not in LINEAR_PAIRS:
         yield f"two neurons with the activation {activation} are not linear"
-
-
-def _widens(target: Target, architecture: str) -> bool:
-    if target.members:
-        return all(_widens(member, architecture) for member in target.members)
-    row = target.row(architecture)
-    return isinstance(row, Row) and row.widens
-
-
-def _rounded(width: int) -> int:
-    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def _neurons(scales: dict[int, Scale], facts: ModelFacts, choice: LinearNeurons) -> Iterator[Neurons]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from austeer.compiler.architectures import ARCHITECTURES, Architecture, Flag, Linear
 from austeer.compiler.edits import Edit, Scale, Shift
 from austeer.compiler.form import Route
+from austeer.compiler.gates import Gated
 from austeer.compiler.reexpress import carriers
 from austeer.compiler.target import KEEPS, Row, Target, Treatment
 
@@ -97,7 +98,9 @@ def _in_architecture(
     kind: type[Edit], site: str, entry: Architecture, row: Row, *, post_norm: bool
 ) -> Iterator[Lowering]:
     name = entry.model_type
-    if site == "residual" and post_norm and entry.block_norm:
+    if kind is Gated:
+        yield from _by_neurons(entry, row, post_norm=post_norm)
+    elif site == "residual" and post_norm and entry.block_norm:
         yield Lowering(name, "norm")
     elif kind is not Shift:
         if (kind, site) != (Scale, "residual"):
@@ -108,6 +111,24 @@ def _in_architecture(
             yield Lowering(name, "bias")
     if kind is Shift:
         yield from _by_values(site, entry, row, post_norm=post_norm)
+
+
+def _by_neurons(entry: Architecture, row: Row, *, post_norm: bool) -> Iterator[Lowering]:
+    """Neurons with biases, or else without: those take a direction in which their input is nearly constant."""
+    if _gateless(entry, row, post_norm=post_norm):
+        return
+    if _keeps(entry.ffn_out, row.ffn):
+        yield Lowering(entry.model_type, "bias")
+    yield Lowering(entry.model_type)
+
+
+def _gateless(entry: Architecture, row: Row, *, post_norm: bool) -> str:
+    """Why neurons cannot carry a gate; empty if they can."""
+    if post_norm:
+        return "a norm stands after the FFN, so nothing that a neuron adds is a given vector in the stream"
+    if entry.experts is not None:
+        return f"{entry.model_type} has mixtures of experts, and a gate needs an FFN of its own"
+    return "" if row.widens else "the engine has one width for the FFN of a {architecture}"
 
 
 def _by_values(site: str, entry: Architecture, row: Row, *, post_norm: bool) -> Iterator[Lowering]:
@@ -138,6 +159,8 @@ def why_not(kind: type[Edit], site: str, architecture: str, target: Target, *, p
     if kind is Scale:
         return SCALED_RESIDUAL
     entry = ARCHITECTURES[architecture]
+    if kind is Gated:
+        return _gateless(entry, row, post_norm=post_norm).format(architecture=architecture)
     if post_norm and site in ("neurons", "ffn"):
         return NORMED
     at_attention = site in ("heads", "attn")

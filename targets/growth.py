@@ -1,6 +1,6 @@
 """Tensors with more rows or columns than in the base: the old bytes as they are, and new ones between or after."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from austeer.targets.chunks import Insertion, Zeros
 class Growth:
     """A tensor of the output that is one of the base, or a part of one, with more rows or more columns.
 
-    `start`: where what it grows from begins in the base's file. `values` are the first of the new rows or columns
+    `start`: where what it grows from begins in the base's file. `values` makes the first of the new rows or columns
     (None: there are none); the others are zero.
     """
 
@@ -24,7 +24,7 @@ class Growth:
     start: int
     old: tuple[int, ...]
     new: tuple[int, ...]
-    values: Floats | None
+    values: Callable[[], Floats] | None
 
     @property
     def nbytes(self) -> int:
@@ -38,24 +38,25 @@ class Growth:
 
     def insertions(self) -> Iterator[Insertion]:
         """The new bytes, in file order."""
-        return self._columns() if self.axis else self._rows()
+        values = None if self.values is None else self.values()
+        return self._columns(values) if self.axis else self._rows(values)
 
-    def _rows(self) -> Iterator[Insertion]:
+    def _rows(self, rows: Floats | None) -> Iterator[Insertion]:
         end, missing = self.start + nbytes_of(self.tensor.dtype, self.old), self.nbytes
-        values = np.zeros(0, np.float32) if self.values is None else self.values.reshape(-1)
+        values = np.zeros(0, np.float32) if rows is None else rows.reshape(-1)
         for first in range(0, len(values), BLOCK):
             segment = self._segment(values[first : first + BLOCK])
             missing -= len(segment.data)
             yield Insertion(end, segment)
         yield Insertion(end, Zeros(missing))
 
-    def _columns(self) -> Iterator[Insertion]:
+    def _columns(self, values: Floats | None) -> Iterator[Insertion]:
         rows, missing = self.old[0], self.nbytes // self.old[0]
         step = nbytes_of(self.tensor.dtype, self.old) // rows
         for row in range(rows):
             end, given = self.start + (row + 1) * step, 0
-            if self.values is not None:
-                segment = self._segment(self.values[row])
+            if values is not None:
+                segment = self._segment(values[row])
                 given = len(segment.data)
                 yield Insertion(end, segment)
             yield Insertion(end, Zeros(missing - given))

@@ -1,23 +1,29 @@
 """Appended neurons on the tensors of a checkpoint: every FFN becomes wider, by new rows and columns."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from austeer.compiler.edits import Floats
 from austeer.compiler.layout import OutputLayout
-from austeer.compiler.patch import Neurons, Patch
+from austeer.compiler.patch import Affine, Neurons, Patch, Role
+from austeer.compiler.rewrite import Matrix, product
 from austeer.compiler.tensors import nbytes_of
 from austeer.targets.growth import Growth
 
-
-def new_neurons(patch: Patch, output: OutputLayout) -> dict[str, Floats]:
-    """By the name of each tensor of the output that an appended neuron has a part in: that part, as it is stored."""
-    return {name: part for neurons in patch.neurons for name, part in _parts(neurons, output)}
+Part: TypeAlias = Callable[[], Floats]
 
 
-def growths(output: OutputLayout, values: Mapping[str, Floats]) -> Iterator[Growth]:
+def new_neurons(patch: Patch, output: OutputLayout) -> dict[str, Part]:
+    """By the name of each tensor of the output that an appended neuron has a part in: that part, as it is stored.
+
+    Parts are made when they are called for, since some need the base's weights.
+    """
+    return {name: part for group in _by_layer(patch).values() for name, part in _parts(group, output)}
+
+
+def growths(output: OutputLayout, values: Mapping[str, Part]) -> Iterator[Growth]:
     """Every tensor of the base that is larger in the output, with what `new_neurons` gives for it."""
     for tensor in output.base.checkpoint.tensors.values():
         parts = output.moved[tensor.name]
@@ -29,12 +35,13 @@ def growths(output: OutputLayout, values: Mapping[str, Floats]) -> Iterator[Grow
             yield Growth(name, tensor, tensor.offset + number * step, old, shape, values.get(name))
 
 
-def filled_biases(output: OutputLayout, values: Mapping[str, Floats]) -> dict[str, Callable[[], Floats]]:
+def filled_biases(output: OutputLayout, values: Mapping[str, Part]) -> dict[str, Part]:
     """The biases of the new neurons where the base has none: zero for the others."""
 
     def padded(name: str) -> Floats:
         whole, first = np.zeros(output.added[name].shape, np.float32), output.base.facts.geometry.neurons
-        whole[first : first + len(values[name])] = values[name]
+        part = values[name]()
+        whole[first : first + len(part)] = part
         return whole
 
     return {name: lambda name=name: padded(name) for name in values if name in output.added}
@@ -47,13 +54,14 @@ def neurons_lowering(patch: Patch, output: OutputLayout) -> Iterator[dict[str, A
     first, width = output.base.facts.geometry.neurons, output.form.widened
     grown = {growth.name: growth for growth in growths(output, {})}
     used: dict[str, int] = {}
-    for neurons in patch.neurons:
-        for name, _ in _parts(neurons, output):
-            used[name] = len(neurons.edits)
-            for edit in dict.fromkeys(neurons.edits):
-                own = [first + index for index, number in enumerate(neurons.edits) if number == edit]
+    for group in _by_layer(patch).values():
+        owners = [(edit, neurons.exact) for neurons in group for edit in neurons.edits]
+        for name, _ in _parts(group, output):
+            used[name] = len(owners)
+            for edit, exact in dict.fromkeys(owners):
+                own = [first + index for index, (number, _) in enumerate(owners) if number == edit]
                 axes = _axes(grown[name], own) if name in grown else [own]
-                yield {"edit": edit, "tensor": name, "slice": axes, "exact": neurons.exact}
+                yield {"edit": edit, "tensor": name, "slice": axes, "exact": exact}
     edit = min(number for neurons in patch.neurons for number in neurons.edits)
     for name, growth in grown.items():
         zero = list(range(first + used.get(name, 0), first + width))
@@ -64,14 +72,56 @@ def _axes(growth: Growth, indices: list[int]) -> list[list[int] | None]:
     return [indices if axis == growth.axis else None for axis in range(len(growth.new))]
 
 
-def _parts(neurons: Neurons, output: OutputLayout) -> Iterator[tuple[str, Floats]]:
+def _by_layer(patch: Patch) -> dict[int, list[Neurons]]:
+    groups: dict[int, list[Neurons]] = {}
+    for neurons in patch.neurons:
+        groups.setdefault(neurons.layer, []).append(neurons)
+    return groups
+
+
+def _parts(group: Sequence[Neurons], output: OutputLayout) -> Iterator[tuple[str, Part]]:
+    """What the neurons of a layer are in each of its tensors."""
     entry = output.form.architecture
-    layer = output.slot_of(neurons.layer, attention=False)
+    layer = output.slot_of(group[0].layer, attention=False)
     reading = [linear for linear in entry.inputs if not linear.of_attention]
-    rows = [(neurons.gate, neurons.gate_bias), (neurons.up, neurons.up_bias)]
-    for linear, (weight, bias) in zip(reading, rows, strict=False):  # without a gate there is only the first
+    parts = (("gate", "gate_bias"), ("up", "up_bias"))
+    for linear, (weight, bias) in zip(reading, parts, strict=False):  # without a gate there is only the first
         name = output.linear_name(layer, linear)
-        yield f"{name}.weight", weight.T if entry.transposed else weight
-        yield f"{name}.bias", bias
+        yield f"{name}.weight", _rows(group, weight, transposed=entry.transposed)
+        if output.has_bias(linear):
+            yield f"{name}.bias", _rows(group, bias)
     name = output.linear_name(layer, entry.ffn_out)
-    yield f"{name}.weight", neurons.down.T if entry.transposed else neurons.down
+    yield f"{name}.weight", lambda: _down(group, output)
+
+
+def _rows(group: Sequence[Neurons], part: str, *, transposed: bool = False) -> Part:
+    def rows() -> Floats:
+        whole = np.concatenate([getattr(neurons, part) for neurons in group])
+        return whole.T if transposed else whole
+
+    return rows
+
+
+def _down(group: Sequence[Neurons], output: OutputLayout) -> Floats:
+    columns = [carried(neurons, output) for neurons in group]
+    whole = np.concatenate(columns, axis=1)
+    return whole.T if output.form.architecture.transposed else whole
+
+
+def carried(neurons: Neurons, output: OutputLayout) -> Floats:
+    """What the neurons write, [residual, n], in the residual space: through the base's projection if need be."""
+    if neurons.space == "residual":
+        return neurons.down
+    matrix = _projection(neurons, output)
+    return np.stack([product(matrix, column) for column in neurons.down.T], axis=1).astype(np.float32)
+
+
+def _projection(neurons: Neurons, output: OutputLayout) -> Matrix:
+    """The base's projection that reads the space of what the neurons write."""
+    layout = output.base
+    role: Role = "attn_out" if neurons.space == "heads" else "ffn_out"
+    (tensor,) = layout.weights(neurons.layer, role)
+    transposed = layout.facts.architecture.transposed
+    rows, columns = layout.facts.geometry.residual, len(neurons.down)
+    form = Affine.identity(neurons.layer, role, rows, columns)
+    return Matrix(tensor, tensor.offset, (columns, rows) if transposed else (rows, columns), transposed, form)

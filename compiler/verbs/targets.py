@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from austeer.compiler.architectures import ARCHITECTURES
-from austeer.compiler.edits import KINDS, Edit, Scale, Shift
+from austeer.compiler.edits import Edit, Scale, Shift
+from austeer.compiler.gates import Gated
+from austeer.compiler.kinds import KINDS
 from austeer.compiler.sites import SiteName
 from austeer.compiler.stream import STREAMS
 from austeer.compiler.target import Target, target_named
@@ -42,9 +44,15 @@ class Cell:
         return found
 
     @property
-    def ways(self) -> list[str]:
-        """The lowerings in words."""
-        return [lowering.describe(self.architecture) for lowering in self.lowerings]
+    def ways(self) -> list[tuple[str, bool]]:
+        """The lowerings in words, and whether each is exact."""
+        words = [lowering.describe(self.architecture) for lowering in self.lowerings]
+        if self.kind != Gated.kind:
+            return [(how, True) for how in words]
+        exact = [how.replace("bias", "neurons") for how in words if how.startswith("bias")]
+        inexact = [how.replace("weights", "neurons without bias") for how in words if how.startswith("weights")]
+        fitted = [f"fitted {how}" for how in exact]
+        return [*((f"{how} (shift)", True) for how in exact), *((how, False) for how in [*fitted, *inexact])]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -54,7 +62,7 @@ class Cell:
             "kind": self.kind,
             "site": self.site,
             "lowerings": [
-                *({"how": how, "exact": True} for how in self.ways),
+                *({"how": how, "exact": exact} for how, exact in self.ways),
                 *({"how": how, "exact": False} for how in self.approximations),
             ],
             "refusal": self.refusal or None,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from austeer.compiler import Edit, ProgramError, Rank1, Scale, Shift
-from austeer.compiler.edits import as_index, as_vector, edit_from
+from austeer.compiler.edits import as_index, as_vector
+from austeer.compiler.kinds import edit_from
 
 VALUES = [0.1, -2.0, 3.5]
 
