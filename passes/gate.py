@@ -17,7 +17,8 @@ from austeer.compiler.live import activation_of, live_facts
 from austeer.compiler.openness import Openness
 from austeer.compiler.progress import track
 from austeer.compiler.tokens import Tokens
-from austeer.passes.gate_tokens import Split, TokenSample, sample_tokens, split_texts
+from austeer.passes.gate_texts import split_texts
+from austeer.passes.gate_tokens import Counts, TokenSample, sample_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 DELTA = 8.0
 REACH = 4.0  # the largest |z| of the calibration tokens, in units of delta: more is sharper, and coarser in 16 bits
-AUC_BOUND = 0.75  # below it a gate that is shut on 95% of the tokens to leave alone is so on most of the others too
-CLOSED = 0.95
+AUC_BOUND = 0.75  # of two normal distributions: of which one is 95% below a threshold, and the other 75%
+CLOSED = 0.95  # measured at equal effect: Youden's point, about 0.8 to 0.9, leaves more drift; 0.98 asks more strength
 PENALTIES = (0.01, 0.1, 1.0)  # the regression's C, chosen by cross-validation
 STORED = ("bfloat16", "float16")
 
@@ -45,7 +46,8 @@ class Rounding:
 class FittedGate:
     """A gate, and how well it does on tokens of texts that it was not fitted to.
 
-    `threshold` is where it is half open, in log-odds of the probe; `reach` the largest |z| of all calibration tokens.
+    `threshold` is where it is half open, in log-odds of the probe; `reach` the least and the largest z of all
+    calibration tokens.
     `constant_residual` is the root mean square of u·h - 1 on held-out tokens, u the gate's constant direction.
     """
 
@@ -54,7 +56,7 @@ class FittedGate:
     when: Openness
     unless: Openness
     threshold: float
-    reach: float
+    reach: tuple[float, float]
     rounding: Mapping[str, Rounding]
     constant_residual: float
 
@@ -65,8 +67,8 @@ class GateFit:
 
     gates: Mapping[int, FittedGate]
     auc: Mapping[int, float]
-    when: Split
-    unless: Split
+    when: Counts
+    unless: Counts
     notes: tuple[str, ...] = ()
 
 
@@ -79,21 +81,22 @@ def fit_gates(
     seed: int,
     batch_tokens: int,
     closed: float = CLOSED,
+    in_weights: bool = True,
 ) -> GateFit:
     """A gate for each of `layers` whose held-out AUC is at least AUC_BOUND, from one pass over the texts.
 
-    A fifth of the texts of either side is held out. What all texts begin with (BOS, a chat template) cannot tell them
-    apart: it counts as `unless`, for otherwise gates are as often open there as not, and nowhere where gates are
-    judged. The threshold is the smallest that leaves the share `closed` of the fitted `unless` tokens on the closed
-    side. Memory: at most 2 GB of activations, drawn at random where the texts have more.
+    A fifth of the texts of either side is held out. Each token is a sample of its text's side; what a text shares
+    with the other side (BOS, a chat template) counts as `unless`, and nowhere where gates are judged. The threshold
+    is the smallest that leaves the share `closed` of the fitted `unless` tokens on the closed side. Memory: up to
+    2 GB of activations, a random sample where the texts have more. `in_weights`: gates are to become neurons.
     Raises PairsError for texts that cannot be split, Refused where the model can host no gate, CheckFailed where no
     layer separates the texts.
     """
     if not 0.5 <= closed < 1:
         raise UsageError(f"the share of closed tokens must be from 0.5 to below 1, got {closed}")
-    usable, notes = _hosts(model, layers)
-    split = split_texts(when, unless, seed)
-    sample, inputs = sample_tokens(model, usable, split, seed=seed, batch_tokens=batch_tokens)
+    usable, notes = _hosts(model, layers, in_weights=in_weights)
+    texts, left_out = split_texts(when, unless, seed)
+    sample, inputs = sample_tokens(model, usable, texts, seed=seed, batch_tokens=batch_tokens)
     act = activation_of(live_facts(model))
     gates, auc = dict[int, FittedGate](), dict[int, float]()
     for layer in track(usable, "Fitting gates", len(usable)):
@@ -104,7 +107,7 @@ def fit_gates(
             gates[layer] = _gate(h, sample, probe, closed, act)
     if not gates:
         raise CheckFailed(_no_layer(auc))
-    return GateFit(gates, auc, *sample.sides, (*split.notes, *notes))
+    return GateFit(gates, auc, sample.when, sample.unless, (*left_out, *notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +120,11 @@ class _Probe:
     auc: float
 
 
-def _hosts(model: "PreTrainedModel", layers: Collection[int]) -> tuple[list[int], tuple[str, ...]]:
+def _hosts(model: "PreTrainedModel", layers: Collection[int], *, in_weights: bool) -> tuple[list[int], tuple[str, ...]]:
     """(the layers that a gate can be put in, a note on the others)."""
     facts = live_facts(model)
     name = facts.geometry.name
-    if facts.post_norm:
+    if in_weights and facts.post_norm:
         raise Refused(
             f"{name}: {facts.architecture.model_type} norms what its FFNs write, which no gate of neurons passes "
             "unchanged: use --form model-code, or steer without --adaptive"
@@ -166,26 +169,26 @@ def _probe(h: Matrix, sample: TokenSample) -> _Probe:
 
 
 def _gate(h: Matrix, sample: TokenSample, probe: _Probe, closed: float, act: Callable[..., "Tensor"]) -> FittedGate:
-    closing = sample.fitted & ~sample.wanted & ~sample.common
+    closing = sample.fitted & ~sample.wanted & ~sample.shared
     threshold = float(np.quantile(probe.scores[closing], closed, method="higher"))
     factor = REACH * DELTA / float(np.abs(probe.scores - threshold).max())
     constant, judged = _constant(h[sample.fitted]), sample.judged
     gate = Gate(factor * probe.w, factor * (probe.b - threshold), DELTA, constant)
-    g = _values(gate, h, act)
+    z, g = h @ gate.w + gate.b, _values(gate, h, act)
     return FittedGate(
         gate,
         probe.auc,
         Openness.of(g[judged & sample.wanted]),
         Openness.of(g[judged & ~sample.wanted]),
         threshold,
-        float(np.abs(h @ gate.w + gate.b).max()),
+        (float(z.min()), float(z.max())),
         {dtype: _rounding(gate, h, g, act, dtype) for dtype in STORED},
         float(np.sqrt(np.square(h[judged] @ constant - 1).mean())),
     )
 
 
 def _constant(h: Matrix) -> Matrix:
-    """u with u·h near 1, by least squares with a tiny ridge, for directions that never vary."""
+    """u with u·h near 1, by least squares with a ridge as large as the noise of activations in bfloat16."""
     square = h.T.astype(np.float64) @ h
     ridge = 1e-6 * np.trace(square) / len(square)
     return np.linalg.solve(square + ridge * np.eye(len(square)), h.sum(0, dtype=np.float64))
@@ -201,11 +204,12 @@ def _rounding(gate: Gate, h: Matrix, g: Matrix, act: Callable[..., "Tensor"], dt
     """As a 16-bit FFN computes it: weights, input, and what passes between its parts are rounded, sums are not."""
     import torch
 
-    def stored(values: Any) -> "Tensor":
-        return torch.tensor(values).to(getattr(torch, dtype)).float()
+    def stored(values: "Tensor") -> "Tensor":
+        return values.to(getattr(torch, dtype)).float()
 
-    product = stored(h) @ stored(gate.w)
-    ends = [stored(act(stored(product + stored(gate.b + shift)))) for shift in (gate.delta, -gate.delta)]
-    found = (ends[0] - ends[1]) / (2 * gate.delta)
+    product = stored(torch.from_numpy(h)) @ stored(torch.tensor(gate.w))
+    biases = (stored(torch.tensor(gate.b + shift)) for shift in (gate.delta, -gate.delta))
+    opening, closing = (stored(act(stored(product + bias))) for bias in biases)
+    found = (opening - closing) / (2 * gate.delta)
     error = np.abs(found.numpy() - g)
     return Rounding(float(error.max()), float(error.mean()))
