@@ -15,6 +15,7 @@ from austeer.compiler import (
     Fitted,
     Gate,
     Gated,
+    Origin,
     Program,
     ProgramError,
     Rank1,
@@ -33,12 +34,13 @@ from tests.tiny import VARIANTS, Tiny, load, logits, on_disk, program, tokens
 MODEL = Geometry("m", "llama", layers=2, residual=3, heads=4, neurons=2)
 W = (0.5, -1.0, 0.25)
 GATE = Gate(W, 0.5, 2.0)
+ORIGIN = Origin("ab" * 32, "cd" * 32, 0.9, 0.8, 0.1)
 FITTED = Fitted(np.eye(3)[:2], [1, 2], np.ones((2, 3)), [0, 0.5], np.arange(6).reshape(3, 2))
 SCALE = Scale(0, "ffn", [2, 0], [0.5, -1])
 EDITS = (
     Gated(SCALE, GATE),
     Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3)), FITTED),
-    Gated(Shift(1, "heads", [1, 2, 3, 4]), GATE),
+    Gated(Shift(1, "heads", [1, 2, 3, 4]), Gate(W, 0.5, 2.0, (), ORIGIN)),
     Gated(Rank1(1, "neurons", [1, 2], [3, 4, 5], 0.5), GATE),
     Scale(0, "ffn", [2], [3.0]),  # the same unit, without a gate: another edit
 )
@@ -85,6 +87,7 @@ def test_every_part_counts_for_identity() -> None:
         Gated(SCALE, Gate(W, 0.25, 2.0, (1, 2, 3)), FITTED),
         Gated(SCALE, Gate(W, 0.5, 4.0, (1, 2, 3)), FITTED),
         Gated(SCALE, Gate((1, 2, 3), 0.5, 2.0, W), FITTED),
+        Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3), ORIGIN), FITTED),
         Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3))),
         Gated(Scale(0, "ffn", [2, 1], [0.5, -1]), Gate(W, 0.5, 2.0, (1, 2, 3)), FITTED),
     ]
@@ -98,6 +101,12 @@ def test_every_part_counts_for_identity() -> None:
     [
         (lambda: Gate(W, 0.5, 0.0), "delta must be above 0"),
         (lambda: Gate(W, 0.5, float("nan")), "nan or infinity"),
+        (lambda: Origin("ab", "cd" * 32, 0.9, 0.8, 0.1), "when must be a SHA-256"),
+        (lambda: Origin("ab" * 32, "cd" * 32, 1.9, 0.8, 0.1), "auc must be from 0 to 1"),
+        (
+            lambda: edit_from({**EDITS[0].plain(), "gate": plain_gate(origin={"auc": 1})}, "e"),
+            "gated: needs edit, gate",
+        ),
         (lambda: Gate([W], 0.5, 1), "expected one dimension"),
         (lambda: Gated(EDITS[0], GATE), "the edit must be a scale, a shift or a rank1"),
         (lambda: Gated(Shift(0, "ffn", W), GATE, FITTED), "two neurons do it exactly"),
