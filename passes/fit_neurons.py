@@ -56,10 +56,9 @@ def own_neurons(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> Part
     """The rows, and any biases, with which the FFN of a layer reads: float32 [neurons, residual] and [neurons]."""
     import torch
 
-    block = block_of(model, facts, layer)
-    modules: list[Any] = [
-        block.get_submodule(linear.name) for linear in facts.architecture.inputs if not linear.of_attention
-    ]
+    block, entry = block_of(model, facts, layer), facts.architecture
+    names = [linear.name for linear in entry.inputs if not linear.of_attention]
+    modules: list[Any] = [block.get_submodule(name) for name in names]
     rows = torch.cat([module.weight.T if entry.transposed else module.weight for module in modules])
     parts = dict(zip(("gate", "up"), rows.detach().float().split(facts.geometry.neurons), strict=False))
     if getattr(modules[0], "bias", None) is None:
