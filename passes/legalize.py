@@ -27,7 +27,8 @@ def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
     """The form with the fewest inserted layers in which the target honours every edit of the program.
 
     All lowerings used are exact, but for gates with fitted neurons, or with a constant direction for a bias. Raises
-    Refused, naming each edit that has none, with the reason and the way out, and ProgramError if the program was made for a model of another geometry.
+    Refused, naming each edit that has none, with the reason and the way out, and ProgramError if the program was made
+    for a model of another geometry.
     """
     program.require_fit(facts.geometry)
     places = _by_place(program.edits, facts)
