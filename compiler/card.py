@@ -7,6 +7,8 @@ from typing import Any
 
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.edits import Edit, Floats, Scale
+from austeer.compiler.gate_card import gates_section
+from austeer.compiler.gate_check import SideCheck
 from austeer.compiler.gates import Gated
 from austeer.compiler.manifest import MANIFEST, PROGRAM
 from austeer.compiler.program import Program
@@ -66,7 +68,8 @@ Program `{sha256}`, {count} edits. The program is in `{program}`, the full recor
 |---|---|---|---|
 {rows}
 
-{kept} Anyone who has the base can check this, and recompute the measurement below, with `austeer-compile verify`.
+{gates}{kept}
+Anyone who has the base can check this, and recompute the measurement below, with `austeer-compile verify`.
 
 ## How exact it is
 
@@ -95,10 +98,11 @@ def render_card(
     *,
     form: str = "checkpoint",
     notes: Sequence[str] = (),
+    sides: Mapping[str, SideCheck] | None = None,
 ) -> bytes:
     """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields.
 
-    `notes` are what else a user should know, a sentence each.
+    `notes` are what else a user should know, a sentence each; `sides` what was measured where gates open or close.
     """
     import yaml
 
@@ -125,7 +129,8 @@ def render_card(
     body = BODY.format(
         base=base, what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
         sha256=program.sha256, count=len(program.edits), program=PROGRAM,
-        manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
+        manifest=MANIFEST, rows="\n".join(rows), gates=gates_section(program, sides or {}),
+        certificate=_measured(certificate),
     )  # fmt: skip
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()
 
