@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
-from austeer.compiler.edits import Edit, Scale
+from austeer.compiler.edits import Edit, Floats, Scale
 from austeer.compiler.gate_card import gates_section
 from austeer.compiler.gate_check import SideCheck
+from austeer.compiler.gates import Gated
 from austeer.compiler.manifest import MANIFEST, PROGRAM
 from austeer.compiler.program import Program
 
@@ -82,9 +83,9 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 
 
 APPROXIMATE = f"""\
-**This compilation is approximate**: no stock block can carry edits at site residual exactly. The other approximations
-and what each reached are in `{MANIFEST}` under `approximations`. An approximation is certified where its mean KL from
-the reference is at most half that of the unedited base.
+**This compilation is approximate**: no stock block carries all of these edits exactly. Which of them are approximated
+is in `{MANIFEST}` under `lowering`, and what else was tried, if anything was, under `approximations`. An approximation
+is certified where its mean KL from the reference is at most half that of the unedited base.
 
 """
 
@@ -155,9 +156,22 @@ def describe(edit: Edit) -> str:
         )
         more = f", … {len(edit.units) - 8} more" if len(edit.units) > 8 else ""
         return f"{len(edit.units)} units ({units}{more})"
-    sizes = (f"|{name}| = {float((getattr(edit, name).astype('f8') ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
+    if isinstance(edit, Gated):
+        return _describe_gated(edit)
+    sizes = (_size(name, getattr(edit, name)) for name in edit.vectors)
     strength = [f"strength {edit.scalars()['strength']:.4g}"] if "strength" in edit.scalars() else []
     return ", ".join([*strength, *sizes])
+
+
+def _describe_gated(gated: Gated) -> str:
+    gate, inner = gated.gate, gated.edit
+    neurons = [f"{gated.neurons.count} fitted neurons"] if gated.neurons else []
+    parts = [f"gate {_size('w', gate.w)}, b {gate.b:.4g}, delta {gate.delta:.4g}", *neurons]
+    return "; ".join([f"{inner.kind} of {describe(inner)}", *parts])
+
+
+def _size(name: str, vector: Floats) -> str:
+    return f"|{name}| = {float((vector.astype('f8') ** 2).sum()) ** 0.5:.4g}"
 
 
 def _row(edit: Edit) -> str:
