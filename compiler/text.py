@@ -6,7 +6,8 @@
     layer 2 neurons rank1 strength 0.5 k 1 0 ... v 0 1 ...
     layer 3 ffn gated scale 3:0.5 gate delta 8 b -0.5 w 0.1 0 ...
 
-A gate may go on with `constant NUMBERS`, and a gated edit with `neurons` and its five named lists, row by row.
+A gate may go on with `constant NUMBERS`, and a gated edit with `neurons` and its five named lists, row by row;
+`replaces NEURONS` stands before its gate.
 One edit a line, in program order; `#` starts a comment line. Numbers are the shortest that give the float32.
 """
 
@@ -94,13 +95,21 @@ def _parse_gated(place: dict[str, Any], words: list[str]) -> dict[str, Any]:
     end = words.index("neurons") if "neurons" in words else len(words)
     numbers = _named(words[start + 1 : end])
     one = {name: values[0] for name, values in numbers.items() if name in ("delta", "b")}
-    gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, words[0], words[1:start])}
+    inner, replaces = _split(words[:start], "replaces")
+    gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, inner[0], inner[1:])}
+    gated["replaces"] = [int(word) for word in replaces]
     neurons = _named(words[end + 1 :])
     if neurons:
         count, residual = len(neurons["gate_bias"]), len(numbers["w"])
         shapes = {"gate": (count, residual), "up": (count, residual), "down": (residual, count)}
         gated["neurons"] = {name: np.reshape(row, shapes.get(name, (count,))) for name, row in neurons.items()}
     return {**gated, "gate": {**numbers, **one}}
+
+
+def _split(words: list[str], at: str) -> tuple[list[str], list[str]]:
+    """What comes before a word, and what after it; all is before a word that is not there."""
+    place = words.index(at) if at in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 def _named(words: list[str]) -> dict[str, list[float]]:
@@ -156,6 +165,7 @@ def _render_rest(edit: Edit) -> str:
 def _render_gated(gated: Gated) -> str:
     gate, neurons = gated.gate, gated.neurons
     words = [gated.edit.kind, _render_rest(gated.edit)]
+    words += ["replaces", *map(str, gated.replaces)] if gated.replaces else []
     words += ["gate delta", _number(gate.delta), "b", _number(gate.b), "w", _numbers(gate.w)]
     words += ["constant", _numbers(gate.constant)] if len(gate.constant) else []
     for part in fields(neurons) if neurons else ():
