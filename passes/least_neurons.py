@@ -45,6 +45,7 @@ class Reuse:
 def least_neurons(model: "PreTrainedModel", program: Program, texts: Sequence[Tokens]) -> Reuse:
     """Chooses the neurons that the gated edits replace, by what they contribute on texts under the program.
 
+    What edits at site neurons add to them does not count, for it is not lost.
     Neurons that a Scale or Rank1 without a gate is about are not taken. Ties: the lower neuron. Raises UsageError
     for no texts, Refused for an edit whose neurons are not fitted, or a layer that has too few neurons to give.
     """
@@ -101,7 +102,7 @@ def _measure(
     found = {layer: _Energies(_squared_columns(model, facts, layer)) for layer in layers}
     inputs = [(port(model, facts, layer, "neurons"), energies.see_neurons) for layer, energies in found.items()]
     outputs = [(port(model, facts, layer, "ffn"), energies.see_written) for layer, energies in found.items()]
-    with interpret(model, program), watching([*inputs, *outputs]):
+    with watching([*inputs, *outputs]), interpret(model, program):  # seen first, before edits at these sites
         for text in track(texts, "Measuring neurons", len(texts)):
             run_texts(model, [text])
     return found
