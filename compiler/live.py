@@ -63,6 +63,17 @@ def output_norm(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: S
     return block_of(model, facts, layer).get_submodule(name) if name else None
 
 
+def weight_of(projection: "nn.Module", *, transposed: bool) -> "Tensor":
+    """The weight, float32 [residual, inputs]; where accelerate holds it elsewhere, read through what it does."""
+    import torch
+
+    weight: Any = projection.weight
+    if not weight.is_meta:
+        return (weight.T if transposed else weight).float()
+    inputs = torch.eye(weight.shape[0 if transposed else 1], dtype=weight.dtype)
+    return (projection(inputs) - projection(torch.zeros_like(inputs[:1]))).float().T
+
+
 def activation_of(facts: ModelFacts) -> "Callable[[Tensor], Tensor]":
     """The activation function of the FFNs."""
     from transformers.activations import ACT2FN
