@@ -45,17 +45,25 @@ class Components:
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
         """Site, gate and k."""
-        most = min(MOST, *(ranking.size for ranking in self.rankings.values()))
-        counts = Range(1, most) if self.top_k is None else (self.top_k,)
+        counts = Range(1, self._most) if self.top_k is None else (self.top_k,)
         return {"site": tuple(self.rankings), "gate": tuple(self.gates), "k": counts}
 
     @property
     def starts(self) -> Sequence[Point]:
-        """Powers of two, strong ones first, shared out among the sites and gates."""
-        most = min(MOST, *(ranking.size for ranking in self.rankings.values()))
-        counts = _powers_of_two(most) if self.top_k is None else [self.top_k]
-        places = [(site, gate) for site in self.rankings for gate in self.gates]
-        return [{"site": site, "gate": gate, "k": k} for site, gate in places for k in counts]
+        """k = 1, 2, 4, ..., dealt out to the sites and gates."""
+        counts = [self.top_k] if self.top_k else [1 << power for power in range(self._most.bit_length())]
+        places = [{"site": site, "gate": gate} for site in self.rankings for gate in self.gates]
+        many = max(len(counts), len(places))
+        return [{**places[n % len(places)], "k": counts[n % len(counts)]} for n in range(many)]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the rankings."""
+        return tuple(dict.fromkeys(note for ranking in self.rankings.values() for note in ranking.notes))
+
+    @property
+    def _most(self) -> int:
+        return min(MOST, *(ranking.size for ranking in self.rankings.values()))
 
     def program(self, point: Point, alpha: float) -> Program:
         """The point's components with strength α, in its gate."""
@@ -65,7 +73,3 @@ class Components:
     def size(self, point: Point) -> int:
         """k."""
         return point["k"]
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << power for power in range(most.bit_length())]

@@ -8,8 +8,8 @@ from austeer.compiler.measure import Score
 from austeer.passes.study import Point
 
 START = 1.0  # the first α: each unit about doubled
-CLOSE = 1.35  # a drift within this factor of the wanted one will do
-TRIES = 3  # measurements for one trial, at most
+CLOSE = 1.2  # a drift within this factor of the wanted one will do
+TRIES = 4  # measurements for one trial, at most
 LEAP = 32.0  # the most that α changes from one measurement to the next, as a factor
 TINY_DRIFT = 1e-12  # for logarithms; far below float32 noise
 APART = 10.0  # the distance of points that differ in a word: farther than numbers are
@@ -32,8 +32,8 @@ Drift = Callable[[Sequence[Trial]], list[Trial]]
 def reach(wanted: Sequence[tuple[Point, float]], known: Sequence[Trial], drift: Drift) -> list[Trial]:
     """For each point and drift, a trial that drifts about so far; all of them are measured together.
 
-    log drift is taken as linear in log α: with slope 2, as for small changes, from the nearest of the `known` trials
-    or, once the point itself was measured twice, with the slope that this gave.
+    log drift is taken as linear in log α: from the nearest of the `known` trials with slope 2, as for small changes,
+    then with the slope that the trials of the point itself give.
     """
     tried: list[list[Trial]] = [[] for _ in wanted]
     for _ in range(TRIES):
@@ -41,7 +41,9 @@ def reach(wanted: Sequence[tuple[Point, float]], known: Sequence[Trial], drift: 
         trials = [Trial(wanted[n][0], next_alpha(*wanted[n], tried[n], known)) for n in open_]
         for number, trial in zip(open_, drift(trials) if trials else (), strict=True):
             tried[number].append(trial)
-    return [min(trials, key=lambda t: _off(t, goal)) for trials, (_, goal) in zip(tried, wanted, strict=True)]
+    return [
+        min(trials, key=lambda t: (_off(t, goal), -t.alpha)) for trials, (_, goal) in zip(tried, wanted, strict=True)
+    ]
 
 
 def at(alpha: float, points: Sequence[Point], known: Sequence[Trial], drift: Drift) -> list[Trial]:
@@ -53,15 +55,25 @@ def at(alpha: float, points: Sequence[Point], known: Sequence[Trial], drift: Dri
 
 
 def next_alpha(point: Point, goal: float, tried: Sequence[Trial], known: Sequence[Trial]) -> float:
-    """Where to look for `goal`, from the trials of the point itself or else from its nearest neighbour."""
+    """Where to look for `goal`: between two trials of the point, beyond them, or as far from its nearest neighbour."""
     if not tried and not known:
         return START
     if not tried:
         nearest, others = min(known, key=lambda t: (_distance(t.point, point), _off(t, goal))), []
     else:
-        nearest, *others = sorted(tried, key=lambda t: _off(t, goal))
+        below = sorted((t for t in tried if t.drift <= goal), key=lambda t: -t.alpha)
+        above = sorted((t for t in tried if t.drift > goal), key=lambda t: t.alpha)
+        if below and above and below[0].alpha < above[0].alpha:
+            return _between(below[0], above[0], goal)
+        nearest, *others = above or below
     leap = (math.log(goal) - _log_drift(nearest)) / _slope(nearest, others)
     return nearest.alpha * math.exp(min(max(leap, -math.log(LEAP)), math.log(LEAP)))
+
+
+def _between(below: Trial, above: Trial, goal: float) -> float:
+    low, high = _log_drift(below), _log_drift(above)
+    part = min(max((math.log(goal) - low) / (high - low), 0.1), 0.9)
+    return below.alpha * (above.alpha / below.alpha) ** part
 
 
 def _close(trial: Trial, goal: float) -> bool:
@@ -69,9 +81,9 @@ def _close(trial: Trial, goal: float) -> bool:
 
 
 def _off(trial: Trial, goal: float) -> float:
-    """How far a drift is from the wanted one, in logarithms; to be beyond it counts double."""
+    """How far a drift is from the wanted one, in logarithms; one beyond it counts four times as far."""
     off = _log_drift(trial) - math.log(goal)
-    return 3 * off if off > 0 else -off
+    return 4 * off if off > 0 else -off
 
 
 def _distance(one: Point, other: Point) -> float:

@@ -18,9 +18,8 @@ from austeer.passes.study import Dimension, Point, Range, Study
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRIALS = 24
 AIM = "aim"  # the dimension that stands for α: the part of the limit that the drift is to use up
-AIMS = Range(0.1, 0.9, log=False)
+AIMS = Range(0.1, 0.95, log=False)
 
 Judge: TypeAlias = Callable[[Sequence[Program | None]], Sequence[Score]]
 """Measures the effect of programs (None: the model as it is) on samples that none of them was fitted to."""
@@ -37,6 +36,11 @@ class Space(Protocol):
     @property
     def starts(self) -> Sequence[Point]:
         """The points to try first, each as strongly as the limit allows."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each."""
         ...
 
     def program(self, point: Point, alpha: float) -> Program:
@@ -70,7 +74,7 @@ class Terms:
 
     max_drift: float
     alpha: float | None = None
-    trials: int = TRIALS
+    trials: int = 24
     seed: int = 0
     file: Path | None = None
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -131,10 +135,8 @@ def digest(value: Any) -> str:
 def _study(space: Space, neutral: Sequence[Tokens], terms: Terms) -> Study:
     dimensions = {**space.dimensions, **({} if terms.alpha is not None else {AIM: AIMS})}
     starts = [{AIM: AIMS.high, **point} if AIM in dimensions else point for point in space.starts]
-    goal = [
-        {name: repr(dimension) for name, dimension in space.dimensions.items()}, terms.max_drift, terms.alpha
-    ]  # fmt: skip
-    identity = {**terms.identity, "neutral text": digest(neutral), "goal": digest(goal)}
+    goal = [list(map(str, space.dimensions.items())), terms.max_drift, terms.alpha]
+    identity = {**terms.identity, "neutral text": digest(neutral), "goal (site, k, α or drift limit)": digest(goal)}
     return Study(dimensions, starts, seed=terms.seed, file=terms.file, identity=identity)
 
 

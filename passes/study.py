@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 ROUND = 8  # points measured together; a round is chosen knowing the rounds before it, and no part of itself
-IDENTITY, RECORD = "austeer identity", "record"
+NAME, IDENTITY, RECORD = "austeer-compile", "identity", "record"
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,20 @@ def _open(file: Path | None, identity: Mapping[str, str]) -> "optuna.Study":
     """The study in a file, which is made if there is none; without a file, one in memory."""
     if file is None:
         return _in_memory()
-    _require_journal(file)
+    begun = _is_journal(file)
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file)))
-    study = optuna.create_study(
-        storage=JournalStorage(backend), study_name="austeer-compile", direction="maximize", load_if_exists=True
-    )
-    if not study.trials:
+    storage = JournalStorage(JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file))))
+    if not begun:
+        optuna.create_study(storage=storage, study_name=NAME, direction="maximize")
+    try:
+        study = optuna.load_study(storage=storage, study_name=NAME)
+    except KeyError:
+        raise _no_study(file) from None
+    if IDENTITY not in study.user_attrs and not study.trials:
         study.set_user_attr(IDENTITY, dict(identity))
     _require_identity(file, study.user_attrs.get(IDENTITY, {}), identity)
     return study
@@ -140,18 +143,31 @@ def _require_identity(file: Path, stored: Mapping[str, str], wanted: Mapping[str
         )
 
 
-def _require_journal(file: Path) -> None:
-    """InputError for a file that is no journal; a last line that was cut while it was written is taken off."""
+def _is_journal(file: Path) -> bool:
+    """Whether a study was begun in the file; a last line that was cut while it was written is taken off.
+
+    InputError for a file that holds something else.
+    """
     require_folder(file)
     if not file.exists():
-        return
-    data = file.read_bytes()
-    *lines, torn = data.split(b"\n")
-    try:
-        whole = all("op_code" in json.loads(line) for line in lines)
-    except (ValueError, TypeError):
-        whole = False
-    if not whole or (torn and not lines):
-        raise InputError(f"{file}: this is no stored study; give the file of one, or one that does not exist yet")
+        return False
+    if not file.is_file():
+        raise _no_study(file)
+    *lines, torn = file.read_bytes().split(b"\n")
+    if not all(_is_entry(line) for line in lines) or (torn and not lines):
+        raise _no_study(file)
     if torn:
-        file.write_bytes(data[: -len(torn)])
+        with file.open("rb+") as journal:
+            journal.truncate(sum(len(line) + 1 for line in lines))
+    return bool(lines)
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return "op_code" in json.loads(line)
+    except (ValueError, TypeError):
+        return False
+
+
+def _no_study(file: Path) -> InputError:
+    return InputError(f"{file}: this is no stored study; give the file of one, or one that does not exist yet")
