@@ -118,7 +118,9 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 )
 @click.option(
     "--site",
-    help="heads (attention), attn, neurons, ffn or residual (layer); default: ffn; steer2edit: heads and neurons.",
+    multiple=True,
+    help="heads (attention), attn, neurons, ffn or residual (layer), or several, of which the search chooses; "
+    "default: ffn; steer2edit: heads and neurons.",
 )
 @click.option("--top-k", type=int, help="Units (steer2edit: heads and neurons) to edit; default: searched.")
 @click.option("--alpha", type=float, help="Strength; default: searched.")
@@ -131,6 +133,9 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
     show_default=True,
     help="Mean KL to the base on neutral text, nats per token.",
 )
+@click.option("--trials", type=int, help="Trials of the search; default: 16, and 8 more for each site to choose from.")
+@click.option("--study", type=click.Path(path_type=Path), help="Keep the search in this file, and go on with it.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw effect against drift: a .png or .svg file.")
 @click.option("--neutral", type=click.Path(path_type=Path), help="Neutral texts; default: sampled from the model.")
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")

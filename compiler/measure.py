@@ -21,7 +21,17 @@ LOGIT_VALUES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Effect:
+class Score:
+    """What a program does to samples, in figures."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What orders scores: the first figure, then the second, the higher the better."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Effect(Score):
     """On pairs: how often the positive side is likelier, and by how many nats on average.
 
     Both compare the summed log-probabilities of the two sides' own tokens; equal sums count as wrong.
@@ -29,6 +39,11 @@ class Effect:
 
     accuracy: float
     margin: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Accuracy, then margin."""
+        return self.accuracy, self.margin
 
 
 def effects(
