@@ -89,7 +89,7 @@ class ModelFacts:
         return next(linear for linear in self.architecture.inputs if not linear.of_attention)
 
     def output_norm(self, site: SiteName) -> str:
-        """The norm in a block that what is written at a site passes on its way to the stream; empty if there is none."""
+        """The norm of a block that what is written at a site passes on its way to the stream; empty if none."""
         if not self.post_norm or site == "residual":
             return ""
         stream, at_attention = STREAMS[self.architecture.model_type], site in ("heads", "attn")

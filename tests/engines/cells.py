@@ -12,6 +12,7 @@ import numpy as np
 
 from austeer.compiler import Edit, Program, Scale, Shift
 from austeer.compiler.facts import read_facts
+from tests.compiler.test_gates import gates
 from tests.engines.models import on_disk, sized
 from tests.tiny import CONFIGS, Tiny, in_place
 
@@ -45,6 +46,12 @@ def alike(tiny: Tiny) -> Program:
     return Program.of(edits, model=folder)
 
 
+def gated(tiny: Tiny) -> Program:
+    """Every kind at every site of the last layer, gated."""
+    edits = [edit for edit in gates(tiny) if edit.layer == tiny.layers - 1]
+    return Program.of(edits, model=on_disk(tiny))
+
+
 # What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
 LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     # every edit kind at every site and layer where the model has the weights for it
@@ -54,6 +61,7 @@ LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     "attention-shifts": lambda tiny: shifts(tiny, "heads attn"),
     "value-shifts": alike,
     "residual-shifts": lambda tiny: shifts(tiny, "residual"),
+    "gates": gated,
 }
 
 
@@ -144,6 +152,7 @@ CELLS: list[Cell] = [
     *cells("onnxruntime-genai", "llama mistral qwen2 phi3", lowering="shifts", **UNBIASED),
     *cells("onnxruntime-genai", "qwen3 gemma2", lowering="attention-shifts", **UNBIASED),
     *in_other_forms("transformers", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("transformers", "llama gemma2 olmo2 phi3 gpt2 gpt_neox opt", "gates", "model-code"),
     *in_portable_form("openvino"),
     *in_portable_form("llama.cpp"),
     *in_portable_form("ctranslate2"),
@@ -161,6 +170,7 @@ VLLM: list[Cell] = [
     *in_portable_form("vllm"),
     *in_other_forms("vllm", "llama", "folds", "lora"),
     *in_other_forms("vllm", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("vllm", "llama gemma2 phi3 opt", "gates", "model-code"),
 ]
 
 GAPS: list[Gap] = [

@@ -201,7 +201,9 @@ def test_no_hooks_and_no_linear_that_an_engine_would_replace(tiny: Tiny) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiny", [LLAMA, MIXTRAL, Tiny("gemma2"), Tiny("opt")], ids=lambda tiny: tiny.architecture)
+@pytest.mark.parametrize(
+    "tiny", [MIXTRAL, Tiny("gemma2", layers=1), VARIANTS["opt-post"]], ids=lambda tiny: tiny.architecture
+)
 def test_it_compiles_as_one_graph(tiny: Tiny) -> None:
     model = loaded(everything(tiny)[0])
     expected = logits(model, tokens(), use_cache=False)
@@ -319,7 +321,7 @@ def test_the_plan_tells_what_is_written() -> None:
     named = {entry["tensor"]: entry["edit"] for entry in planned.lowering}
     assert named.keys() == load_file(out / VECTORS).keys()
     assert set(named.values()) == set(range(len(made.edits)))
-    assert abs(planned.output_bytes - sum(path.stat().st_size for path in out.iterdir())) < 40_000
+    assert abs(planned.output_bytes - sum(path.stat().st_size for path in out.iterdir())) < 60_000
     again, _ = compiled(made, base)
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in out.iterdir())
 
