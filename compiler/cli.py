@@ -54,7 +54,8 @@ FORM = click.option(
 )
 APPROXIMATE = click.option(
     "--approximate", is_flag=True,
-    help="Compile Scale at residual too: by the approximation with the least measured KL, which is said everywhere.",
+    help="Compile what no weights do exactly too, as near as they come: Scale at residual, and gates whose neurons are "
+    "fitted or have no biases. It is measured, and said everywhere.",
 )  # fmt: skip
 RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),

@@ -1,15 +1,40 @@
 """Gates: edits whose effect depends on the input (the adaptive part of the source language)."""
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from austeer.compiler.edits import Edit, Floats, Shift, as_number, as_vector, set_field
+from austeer.compiler.edits import Edit, Floats, Shift, as_index, as_number, as_vector, set_field
 from austeer.compiler.errors import ProgramError
 from austeer.compiler.sites import SiteName, Space
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a gate was fitted to, and what it does on held-out texts of both sides. It goes wherever the gate goes.
+
+    `when` and `unless` are the SHA-256 of the texts for which it is to be open and closed. `auc` is that of its probe;
+    the open rates are shares of tokens with g > 1/2. Raises ProgramError for what is none of that.
+    """
+
+    when: str
+    unless: str
+    auc: float
+    open_when: float
+    open_unless: float
+
+    def __post_init__(self) -> None:
+        for name in ("when", "unless"):
+            if not re.fullmatch("[0-9a-f]{64}", str(getattr(self, name))):
+                raise ProgramError(f"gate: {name} must be a SHA-256 in hexadecimal, got {getattr(self, name)!r:.80}")
+        for name in ("auc", "open_when", "open_unless"):
+            set_field(self, name, as_number(getattr(self, name), f"gate: {name}"))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ProgramError(f"gate: {name} must be from 0 to 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +43,8 @@ class Gate:
 
     h is what the FFN of the edit's own block reads (after its norm), act the activation function of that FFN. silu
     overshoots by up to 0.28 / 2 delta. `constant` is a direction in which h is about 1 everywhere, for FFNs that
-    cannot have biases; empty where none is known. Raises ProgramError unless delta is above 0.
+    cannot have biases; empty where none is known. `origin` is None for a gate that nobody has fitted to texts. Raises
+    ProgramError unless delta is above 0.
     """
 
     vectors: ClassVar[tuple[str, ...]] = ("w", "constant")
@@ -27,10 +53,13 @@ class Gate:
     b: float
     delta: float
     constant: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    origin: Origin | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, w: ArrayLike, b: float, delta: float, constant: ArrayLike = ()) -> None: ...
+        def __init__(
+            self, w: ArrayLike, b: float, delta: float, constant: ArrayLike = (), origin: Origin | None = None
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name in self.vectors:
@@ -85,6 +114,7 @@ class Gated(Edit):
     The edit reads its site as the edits without a gate leave it; gated edits do not see each other. As it enters
     after the block's FFN has read its input, an open gate at heads or attn is not the edit without a gate.
     `neurons` stand for it in weights, where only an approximation can; a pass fits them to activations.
+    `replaces`: which neurons of the FFN give way to those that carry it, in a compiled model; none: it gets wider.
     """
 
     kind: ClassVar[str] = "gated"
@@ -95,6 +125,7 @@ class Gated(Edit):
     edit: Edit
     gate: Gate
     neurons: Fitted | None = None
+    replaces: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         inner: Any = self.edit
@@ -105,16 +136,31 @@ class Gated(Edit):
         set_field(self, "layer", self.edit.layer)
         set_field(self, "site", self.edit.site)
         super().__post_init__()
+        set_field(self, "replaces", tuple(as_index(place, f"{self.where}: replaces") for place in self.replaces))
+        if self.replaces and len(set(self.replaces)) != len(self.replaces):
+            raise ProgramError(f"{self.where}: a neuron is replaced twice")
+        if self.replaces and len(self.replaces) != self.count:
+            raise ProgramError(f"{self.where}: replaces {len(self.replaces)} neurons, and is carried by {self.count}")
 
     @property
     def where(self) -> str:
         """The address for messages."""
         return f"gated {self.edit.where}"
 
+    @property
+    def count(self) -> int:
+        """How many neurons carry it; 0 where they have yet to be fitted."""
+        if isinstance(self.edit, Shift):
+            return 2
+        return self.neurons.count if self.neurons else 0
+
     def scalars(self) -> dict[str, Any]:
         """All fields but the vectors as JSON values, `kind` first."""
-        gate = {"b": self.gate.b, "delta": self.gate.delta}
-        return {"kind": self.kind, "layer": self.layer, "site": self.site, "edit": self.edit.scalars(), "gate": gate}
+        origin = {"origin": asdict(self.gate.origin)} if self.gate.origin else {}
+        gate = {"b": self.gate.b, "delta": self.gate.delta, **origin}
+        replaces = {"replaces": self.replaces} if self.replaces else {}
+        edit = self.edit.scalars()
+        return {"kind": self.kind, "layer": self.layer, "site": self.site, "edit": edit, "gate": gate, **replaces}
 
     def arrays(self) -> dict[str, Floats]:
         """The vectors of the edit, the gate and the neurons."""
@@ -137,6 +183,9 @@ class Gated(Edit):
         """The gated edit with these other parts, as `plain` gives them. Raises ProgramError for what is none."""
         try:
             neurons = Fitted(**parts["neurons"]) if parts.get("neurons") is not None else None
-            return Gated(edit, Gate(**parts["gate"]), neurons)
-        except (TypeError, KeyError) as error:
+            gate: dict[str, Any] = dict(parts["gate"])
+            if gate.get("origin") is not None:
+                gate["origin"] = Origin(**gate["origin"])
+            return Gated(edit, Gate(**gate), neurons, tuple(parts.get("replaces", ())))
+        except (TypeError, KeyError, ValueError) as error:
             raise ProgramError(f"gated: needs edit, gate (w, b, delta) and, if any, neurons: {error}") from None

@@ -14,7 +14,7 @@ from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.measure import Effect
 from austeer.compiler.program import Program
-from austeer.compiler.sites import SiteName
+from austeer.compiler.sites import SITES, SiteName
 from austeer.compiler.text import render
 from austeer.compiler.verbs.approximate import Approximations
 from austeer.compiler.verbs.build import BuildReport
@@ -177,6 +177,7 @@ COLUMNS: tuple[tuple[str, tuple[SiteName, ...]], ...] = (
     ("shift", ("neurons", "ffn")),
     ("shift", ("residual",)),
     ("scale", ("residual",)),
+    ("gated", SITES),
 )
 
 
@@ -187,6 +188,8 @@ def _ways(report: Support, target: str, architecture: str, kind: str, sites: tup
         for cell in report.cells
         if (cell.target, cell.architecture, cell.kind, cell.site) == (target, architecture, kind, sites[0])
     )
+    if kind == "gated":
+        return ", ".join(how for how, _ in cell.ways) or "refused"
     exact = ", ".join(way.describe(architecture) for way in cell.preferred)
     return exact or ("approximate" if cell.approximations else "refused")
 
@@ -211,7 +214,7 @@ def _approximations(found: Approximations | None) -> None:
     ]
     columns = ("approximation", "mean KL", "top-1", "")
     _table(f"Approximations, measured on {found.tokens} tokens", columns, rows, all_rows=True)
-    _console().print("Approximate: no stock block carries edits at site residual exactly.")
+    _console().print("Approximate: no stock block carries a scale at site residual exactly.")
 
 
 def _certificate(certificate: Certificate) -> None:
