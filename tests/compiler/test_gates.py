@@ -78,7 +78,7 @@ def test_file_and_text_lead_back_bit_for_bit(tmp_path: Path) -> None:
 def test_neurons_may_be_views_that_are_transposed(tmp_path: Path) -> None:
     down = np.arange(6).reshape(2, 3)
     views = Fitted(*(getattr(FITTED, name) for name in ("gate", "gate_bias", "up", "up_bias")), down.T)
-    made = Program(MODEL, [Gated(SCALE, GATE, views)])
+    made = Program(MODEL, (Gated(SCALE, GATE, views),))
     made.save(tmp_path / "p.safetensors")
     assert Program.load(tmp_path / "p.safetensors") == made
 
