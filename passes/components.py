@@ -1,6 +1,6 @@
 """The space of programs that edit the first k components of a ranking."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -23,6 +23,10 @@ class Ranking(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, one sentence each."""
+        ...
+
+    def within(self, layers: Collection[int]) -> "Ranking":
+        """The ranking of these layers alone."""
         ...
 
     def select(self, k: int, alpha: float, model: Geometry) -> Program:

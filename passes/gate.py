@@ -17,7 +17,7 @@ from austeer.compiler.live import activation_of, live_facts
 from austeer.compiler.openness import Openness
 from austeer.compiler.progress import track
 from austeer.compiler.tokens import Tokens
-from austeer.passes.gate_texts import split_texts
+from austeer.passes.gate_texts import GateText, split_texts
 from austeer.passes.gate_tokens import Counts, TokenSample, sample_tokens
 
 if TYPE_CHECKING:
@@ -63,10 +63,14 @@ class FittedGate:
 
 @dataclass(frozen=True, eq=False)
 class GateFit:
-    """The gates of the layers that tell the texts apart, the held-out AUC of every layer tried, and on what."""
+    """The gates of the layers that tell the texts apart, the held-out AUC of every layer tried, and on what.
 
-    gates: Mapping[int, FittedGate]
+    `gates[layer]` has one for each share of closed tokens that was asked for.
+    """
+
+    gates: Mapping[int, tuple[FittedGate, ...]]
     auc: Mapping[int, float]
+    texts: tuple[GateText, ...]
     when: Counts
     unless: Counts
     notes: tuple[str, ...] = ()
@@ -80,34 +84,34 @@ def fit_gates(
     *,
     seed: int,
     batch_tokens: int,
-    closed: float = CLOSED,
+    closed: Sequence[float] = (CLOSED,),
     in_weights: bool = True,
 ) -> GateFit:
     """A gate for each of `layers` whose held-out AUC is at least AUC_BOUND, from one pass over the texts.
 
     A fifth of the texts of either side is held out. Each token is a sample of its text's side; what a text shares
     with the other side (BOS, a chat template) counts as `unless`, and nowhere where gates are judged. The threshold
-    is the smallest that leaves the share `closed` of the fitted `unless` tokens on the closed side. Memory: up to
+    is the smallest that leaves a share `closed` of the fitted `unless` tokens on the closed side. Memory: up to
     2 GB of activations, a random sample where the texts have more. `in_weights`: gates are to become neurons.
     Raises PairsError for texts that cannot be split, Refused where the model can host no gate, CheckFailed where no
     layer separates the texts.
     """
-    if not 0.5 <= closed < 1:
+    if not all(0.5 <= share < 1 for share in closed):
         raise UsageError(f"the share of closed tokens must be from 0.5 to below 1, got {closed}")
     usable, notes = _hosts(model, layers, in_weights=in_weights)
     texts, left_out = split_texts(when, unless, seed)
     sample, inputs = sample_tokens(model, usable, texts, seed=seed, batch_tokens=batch_tokens)
     act = activation_of(live_facts(model))
-    gates, auc = dict[int, FittedGate](), dict[int, float]()
+    gates, auc = dict[int, tuple[FittedGate, ...]](), dict[int, float]()
     for layer in track(usable, "Fitting gates", len(usable)):
         h = inputs.pop(layer)
         probe = _probe(h, sample)
         auc[layer] = probe.auc
         if probe.auc >= AUC_BOUND:
-            gates[layer] = _gate(h, sample, probe, closed, act)
+            gates[layer] = tuple(_gate(h, sample, probe, share, act) for share in closed)
     if not gates:
         raise CheckFailed(_no_layer(auc))
-    return GateFit(gates, auc, sample.when, sample.unless, (*left_out, *notes))
+    return GateFit(gates, auc, texts, sample.when, sample.unless, (*left_out, *notes))
 
 
 @dataclass(frozen=True, eq=False)

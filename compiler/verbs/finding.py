@@ -17,6 +17,15 @@ from austeer.compiler.pairs import Pair, split_by_prompt
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
 from austeer.compiler.tokens import Encoded, PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
+from austeer.compiler.verbs.adaptive import (
+    Adaptive,
+    Contexts,
+    Gating,
+    fit_gating,
+    read_sides,
+    sides_of,
+    with_neurons,
+)  # fmt: skip
 from austeer.compiler.verbs.bases import Base
 from austeer.compiler.verbs.common import Settings, working_dtype
 from austeer.compiler.verbs.methods import METHODS, Method
@@ -51,6 +60,7 @@ class Goal:
     l1_ratio: float | None = None
     trials: int | None = None
     study: Path | None = None
+    adaptive: Adaptive | None = None
 
     @property
     def complete(self) -> bool:
@@ -124,6 +134,7 @@ class Finding:
     held_out: int
     texts: list[Tokens]
     notes: tuple[str, ...]
+    gating: Gating | None = None
 
 
 def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str] | None, settings: Settings) -> Finding:
@@ -137,24 +148,60 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
     fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
     fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
     plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
-    space = _space(model, fitted.pairs, goal, settings.batch_tokens)
-    terms = _terms(goal, settings.seed, {"model": digest(base.describe()), "pairs": digest(_ids(fitted, held_out))})
+    gating = None
+    if goal.adaptive:
+        sides = read_sides(tokenizer, goal.adaptive, length, settings.chat) or sides_of(fit, fitted.pairs)
+        gating = _gating(model, sides, fitted.pairs, goal.adaptive, settings)
+    space = _space(model, fitted.pairs, goal, gating, settings.batch_tokens)
+    identity = {"model": digest(base.describe()), "pairs": digest(_ids(fitted, held_out)), **_identity(gating)}
+    terms = _terms(goal, settings.seed, identity)
     program, choice = _choose(model, space, held_out.pairs, plain, goal, terms, settings.batch_tokens)
-    texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
+    if gating and goal.adaptive and goal.adaptive.in_weights:
+        program, gating = with_neurons(model, program, gating, goal.adaptive, plain, settings.seed)
+    texts = take_tokens(_interleaved(*_unseen(held_out.pairs, gating), plain), CERTIFIED_TOKENS)
     notes = (
         *_chat_notice(tokenizer, settings),
         *fitted.notes,
         *held_out.notes,
         *space.notes,
         *cut,
+        *(gating.notes if gating else ()),
         *_doubts(choice, goal, len(held_out.pairs)),
     )
-    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
+    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes, gating)
 
 
-def _space(model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, batch_tokens: int) -> Components:
+def _gating(
+    model: "PreTrainedModel",
+    sides: Mapping[str, Contexts],
+    used: Sequence[PairTokens],
+    asked: Adaptive,
+    settings: Settings,
+) -> Gating:
+    seed, batch_tokens = settings.seed, settings.batch_tokens
+    return fit_gating(model, sides, used, in_weights=asked.in_weights, seed=seed, batch_tokens=batch_tokens)
+
+
+def _identity(gating: Gating | None) -> dict[str, str]:
+    return {f"{name} texts": sha256 for name, sha256 in gating.sha256.items()} if gating else {}
+
+
+def _unseen(pairs: Sequence[PairTokens], gating: Gating | None) -> list[Sequence[Tokens]]:
+    """Texts that nothing was fitted to."""
+    sides = gating.sides.values() if gating else ()
+    return [[pair.prefix + pair.positive for pair in pairs], *(side.texts for side in sides)]
+
+
+def _space(
+    model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, gating: Gating | None, batch_tokens: int
+) -> Components:
     rankings = {name: goal.method.rank(model, pairs, sites, batch_tokens) for name, sites in goal.places.items()}
-    return Components(rankings, live_facts(model).geometry, goal.top_k)
+    geometry = live_facts(model).geometry
+    if gating is None:
+        return Components(rankings, geometry, goal.top_k)
+    within = {name: ranking.within(gating.gates) for name, ranking in rankings.items()}
+    variants = dict(list(gating.variants.items())[: 1 if goal.complete else None])
+    return Components(within, geometry, goal.top_k, variants)
 
 
 def _terms(goal: Goal, seed: int, identity: Mapping[str, str]) -> Terms:
@@ -254,9 +301,9 @@ def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tu
     return ()
 
 
-def _interleaved(first: Sequence[Tokens], second: Sequence[Tokens]) -> list[Tokens]:
-    """Alternately one of each, so that a budget takes some of both."""
-    return [text for both in zip_longest(first, second) for text in both if text is not None]
+def _interleaved(*sources: Sequence[Tokens]) -> list[Tokens]:
+    """One of each in turn, so that a budget takes some of all."""
+    return [text for row in zip_longest(*sources) for text in row if text is not None]
 
 
 def _ids(*encoded: Encoded) -> list[list[tuple[Tokens, Tokens, Tokens]]]:

@@ -1,32 +1,15 @@
 """distill: gated edits as neurons fitted to what they add."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from austeer.compiler import Edit, Gate, Gated, PairsError, Program, Rank1, Refused, Scale, Shift, UsageError
-from austeer.compiler.forward import logits as head
-from austeer.compiler.forward import run_texts
-from austeer.compiler.interpreter import interpret
-from austeer.compiler.live import activation_of, live_facts, load_model, load_tokenizer
-from austeer.compiler.neutral import sample_neutral
-from austeer.compiler.pairs import Pair, read_texts
-from austeer.compiler.tokens import Tokens, encode_pairs, encode_texts
-from austeer.compiler.verbs.bases import open_base
-from austeer.compiler.verbs.common import Compiled
-from austeer.passes import distill as module
+from austeer.compiler import Edit, Gate, Gated, Program, Scale
+from austeer.compiler.live import live_facts
 from austeer.passes import fit_neurons
 from austeer.passes.distill import Distilled, distill
-from austeer.passes.localize import localize
-from austeer.targets.checkpoint import Writing
-from tests.shared import shared
-from tests.tiny import VARIANTS, Tiny, load, on_disk, scratch, tokens
+from tests.tiny import VARIANTS, load, on_disk, tokens
 
 UNITS = (1, 4, 7)
 TEXTS = [tuple(row) for row in tokens(60, 24, seed=1).tolist()]
