@@ -141,6 +141,25 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
 @click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@click.option("--adaptive", is_flag=True, help="Let every edit act only where a gate, fitted to texts, is open.")
+@click.option(
+    "--when",
+    type=click.Path(path_type=Path),
+    help="Texts or pairs for which gates open; default: the pairs' negative sides.",
+)
+@click.option(
+    "--unless", type=click.Path(path_type=Path), help="Those for which they close; default: the positive sides."
+)
+@click.option(
+    "--gate-neurons", type=click.IntRange(2), default=256, show_default=True, help="Neurons of a layer for its gates."
+)
+@click.option(
+    "--neurons",
+    type=click.Choice(["append", "reuse"]),
+    default="append",
+    show_default=True,
+    help="Where those go: all FFNs get wider, or the least contributing neurons go.",
+)
 @APPROXIMATE
 @TARGET
 @FORM

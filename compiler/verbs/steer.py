@@ -1,20 +1,27 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from austeer.compiler.certificate import Certificate
+from austeer.compiler.edits import Shift
 from austeer.compiler.errors import Refused, UsageError
+from austeer.compiler.gate_card import gates_record
+from austeer.compiler.gate_check import SideCheck, check_gates
+from austeer.compiler.gates import Gate, Gated
 from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
+from austeer.compiler.verbs.adaptive import NEURONS, Adaptive, Gating
 from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
 from austeer.compiler.verbs.bases import Base, open_base
-from austeer.compiler.verbs.common import FORM, Settings, certificate_dtype, target_for, write_compiled
+from austeer.compiler.verbs.common import FORM, Compiled, Settings, certificate_dtype, target_for, write_compiled
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.compiler.verbs.methods import Method, method_named
 from austeer.compiler.verbs.picture import draw_search, require_picture
@@ -26,7 +33,8 @@ from austeer.targets.llama_cpp import find_converter
 class Steering:
     """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only).
 
-    `approximations` where one had to be chosen.
+    `approximations` where one had to be chosen; `sides`: what the compiled model does where gates are to open and
+    where not.
     """
 
     out: str | None
@@ -37,6 +45,7 @@ class Steering:
     certificate: Certificate | None
     notes: tuple[str, ...]
     approximations: Approximations | None = None
+    sides: Mapping[str, SideCheck] = field(default_factory=dict[str, SideCheck])
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -48,6 +57,8 @@ class Steering:
             "site": self.site,
             **_plain(self.choice),
             "approximations": self.approximations.plain() if self.approximations else None,
+            "gates": gates_record(self.program),
+            "sides": {name: found.plain() for name, found in self.sides.items()},
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -71,6 +82,11 @@ def steer(
     neutral: str | Path | None = None,
     program_only: bool = False,
     approximate: bool = False,
+    adaptive: bool = False,
+    when: str | Path | None = None,
+    unless: str | Path | None = None,
+    gate_neurons: int = NEURONS,
+    neurons: str = "append",
     target: str | None = None,
     form: str = FORM,
     revision: str | None = None,
@@ -85,11 +101,15 @@ def steer(
     if it was interrupted or is given more trials; `picture`, .png or .svg, shows it. `site` is one name or several,
     in a sequence or with commas. With `program_only`, `out` is a program file. With `approximate` the site may be
     residual, compiled by the approximation nearest on held-out text.
+    With `adaptive` every edit acts only where a gate of its layer is open: in texts like those of the file `when`, and
+    not in those like `unless` (texts or pairs), or else on the negative sides of the pairs. At most `gate_neurons` of
+    a layer carry what passes; `neurons` is "append", or "reuse" for those that contribute least.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     chosen, out = method_named(method), Path(out)
     kept = Path(study) if study is not None else None
-    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept)
+    gates = _adaptive(adaptive, when, unless, gate_neurons, neurons, form)
+    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept, gates)
     require_place(out)  # now, not after hours of work
     drawing = _drawing(picture, goal)
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
@@ -102,7 +122,7 @@ def steer(
         finding.program.save(out)
         drawing(finding)
         return _report(out, method, finding, None, ())
-    compiled = compile_for(finding.program, base, target, form, approximate=approximate)
+    compiled = compile_for(finding.program, base, target, form, approximate=approximate or adaptive)
     table, extra = None, {"steer": _record(method, goal, finding, Path(pairs), settings.seed)}
     if compiled.approximation is not None:
         compiled, table = choose_approximation(compiled, finding.texts, settings, out)
@@ -112,10 +132,57 @@ def steer(
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    certificate = write_compiled(compiled, out, certify=check, extra=extra)
+    sides = _Sides(compiled, finding.gating, dtype, settings)
+    certificate = write_compiled(compiled, out, certify=check, check_sides=sides.check, extra=extra)
     drawing(finding)
     report = _report(out, method, finding, certificate, (*notes, *compiled.plan.notes))
-    return replace(report, approximations=table)
+    return replace(report, approximations=table, sides=sides.found)
+
+
+@dataclass
+class _Sides:
+    """The check of gates on their held-out texts; `found` once it is made, nothing where there are no gates."""
+
+    compiled: Compiled
+    gating: Gating | None
+    dtype: str
+    settings: Settings
+    found: dict[str, SideCheck] = field(default_factory=dict[str, SideCheck])
+
+    def check(self, folder: Path) -> dict[str, SideCheck]:
+        """Measures what lies in the folder."""
+        if self.gating is not None:
+            base, settings = self.compiled.base.path, self.settings
+            self.found = check_gates(
+                base,
+                self.compiled.program,
+                self.gating.sides,
+                lambda: self.compiled.load(folder, self.dtype, settings.device),
+                dtype=self.dtype,
+                device=settings.device,
+                batch_tokens=settings.batch_tokens,
+            )
+        return self.found
+
+
+def _adaptive(
+    adaptive: bool,  # noqa: FBT001 - private
+    when: str | Path | None,
+    unless: str | Path | None,
+    gate_neurons: int,
+    neurons: str,
+    form: str,
+) -> Adaptive | None:
+    if not adaptive:
+        if when is not None or unless is not None:
+            raise UsageError("--when and --unless say where gates open: add --adaptive")
+        return None
+    if neurons not in ("append", "reuse"):
+        raise UsageError(f"--neurons must be append or reuse, got {neurons}")
+    if form == "lora":
+        raise UsageError("--adaptive needs new neurons, which no adapter holds: use another --form")
+    files = (Path(file) if file is not None else None for file in (when, unless))
+    return Adaptive(*files, gate_neurons, reuse=neurons == "reuse", in_weights=form != "model-code")
 
 
 def _sites(method: Method, site: str | Sequence[str] | None) -> tuple[SiteName, ...]:
@@ -151,6 +218,9 @@ def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, 
         find_converter()
     if form == "model-code":  # carries every edit
         return
+    if goal.adaptive:
+        _require_gates(base, target, form)
+        return
     for place, sites in goal.places.items():
         probes = [goal.method.probe(layer, site) for site in sites for layer in range(base.facts.geometry.layers)]
         if approximate and are_inexact(probes, base):
@@ -162,6 +232,19 @@ def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, 
                 f"steering at site {place} cannot be compiled: {reasons[0]}; "
                 "or write the program alone with --program-only"
             )
+
+
+def _require_gates(base: Base, target: str | None, form: str) -> None:
+    """Refused where no layer can carry a gate, whatever it lets through."""
+    geometry = base.facts.geometry
+    zeros = np.zeros(geometry.residual, np.float32)
+    probes = [Gated(Shift(layer, "ffn", zeros), Gate(zeros, 0, 1, zeros)) for layer in range(geometry.layers)]
+    reasons = [refusal(probe, base.facts, target_for(target, form)) for probe in probes]
+    if all(reasons):
+        raise Refused(
+            f"steering with gates cannot be compiled: {reasons[0]}; another --target or --form model-code may carry "
+            "it; or write the program alone with --program-only"
+        )
 
 
 def _require_units(goal: Goal, base: Base) -> None:
@@ -194,6 +277,7 @@ def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -
             "fitted": finding.fitted,
             "held_out": finding.held_out,
         },
+        **({"gating": finding.gating.record} if finding.gating else {}),
     }
 
 
