@@ -91,6 +91,7 @@ def test_modules_import_only_each_other_the_standard_library_and_the_dependencie
         "peft",
         "rich",
         "safetensors",
+        "sklearn",
         "torch",
         "transformers",
         "yaml",
