@@ -183,6 +183,6 @@ def _record(fit: GateFit) -> dict[str, Any]:
 
 def _fit_note(found: Distilled) -> str:
     return (
-        f"layer {found.layer}: {found.neurons} neurons carry the gated {found.site} edit with R2 {found.held_out_r2:.3f} "
-        "on held-out texts"
+        f"layer {found.layer}: {found.neurons} neurons carry the gated edit at {found.site}, with R2 "
+        f"{found.held_out_r2:.3f} on held-out texts"
     )

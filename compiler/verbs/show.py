@@ -1,7 +1,7 @@
 """Reports for people: the text and tables that the command line prints on stdout."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import singledispatch
 from typing import Any
@@ -13,6 +13,8 @@ from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
+from austeer.compiler.gate_check import SideCheck
+from austeer.compiler.gates import Gated
 from austeer.compiler.measure import Score
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES, SiteName
@@ -70,6 +72,8 @@ def _(report: Steering) -> None:
         f"drift {choice.drift:.4f} nats per token"
     )
     _approximations(report.approximations)
+    _gates(report.program)
+    _sides(report.sides)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -231,6 +235,38 @@ def _approximations(found: Approximations | None) -> None:
     columns = ("approximation", "mean KL", "top-1", "")
     _table(f"Approximations, measured on {found.tokens} tokens", columns, rows, all_rows=True)
     _console().print("Approximate: no stock block carries a scale at site residual exactly.")
+
+
+def _gates(program: Program) -> None:
+    origins = {
+        (edit.layer, edit.gate.origin): None
+        for edit in program.edits
+        if isinstance(edit, Gated) and edit.gate.origin is not None
+    }
+    rows = [
+        (layer, f"{origin.auc:.3f}", f"{origin.open_when:.1%}", f"{origin.open_unless:.1%}")
+        for layer, origin in origins
+        if origin is not None
+    ]
+    if rows:
+        _table("Gates, on texts held out from their fit", ("layer", "AUC", "open, when", "open, unless"), rows)
+
+
+def _sides(sides: Mapping[str, SideCheck]) -> None:
+    columns = ("texts", "tokens", "KL from the base", "accuracy, margin", "of the base", "open gates")
+    rows = [
+        (
+            name,
+            found.tokens,
+            f"{found.mean_kl:.4g}",
+            " ".join(_figures(found.effect, 1)),
+            " ".join(_figures(found.base_effect, 1)),
+            " to ".join(f"{share:.1%}" for share in found.open_range),
+        )
+        for name, found in sides.items()
+    ]
+    if rows:
+        _table("The compiled model, on those texts", columns, rows)
 
 
 def _certificate(certificate: Certificate) -> None:
