@@ -246,7 +246,6 @@ def _gates(program: Program) -> None:
     rows = [
         (layer, f"{origin.auc:.3f}", f"{origin.open_when:.1%}", f"{origin.open_unless:.1%}")
         for layer, origin in origins
-        if origin is not None
     ]
     if rows:
         _table("Gates, on texts held out from their fit", ("layer", "AUC", "open, when", "open, unless"), rows)

@@ -181,8 +181,8 @@ def _adaptive(
         raise UsageError(f"--neurons must be append or reuse, got {neurons}")
     if form == "lora":
         raise UsageError("--adaptive needs new neurons, which no adapter holds: use another --form")
-    files = (Path(file) if file is not None else None for file in (when, unless))
-    return Adaptive(*files, gate_neurons, reuse=neurons == "reuse", in_weights=form != "model-code")
+    opens, closes = (Path(file) if file is not None else None for file in (when, unless))
+    return Adaptive(opens, closes, gate_neurons, reuse=neurons == "reuse", in_weights=form != "model-code")
 
 
 def _sites(method: Method, site: str | Sequence[str] | None) -> tuple[SiteName, ...]:
