@@ -64,6 +64,7 @@ def steer(
     alpha: float | None = None,
     rho: float | None = None,
     l1_ratio: float | None = None,
+    segments: int | None = None,
     max_drift: float = 0.1,
     trials: int | None = None,
     study: str | Path | None = None,
@@ -79,7 +80,8 @@ def steer(
     """Finds what tells the pairs' sides apart, edits it, and writes the checkpoint at `out`.
 
     The method "austeer" scales units of one site, default ffn, or the best of several; "steer2edit" adds rank-1 edits
-    of heads, neurons or, by default, both. What is not given of `top_k` and `alpha` is searched on held-out prompts
+    of heads, neurons or, by default, both; "fusion" shifts the residual stream of every layer towards the pairs'
+    positive sides as references, by one weight or one for each of so many `segments`, for overlap and perplexity. What is not given of `top_k` and `alpha` is searched on held-out prompts
     for the best accuracy with a mean KL to the base on neutral text of at most `max_drift`, in so many `trials`;
     Steer2Edit's `rho` and `l1_ratio` together stand for both. The file `study` keeps the search, which goes on there
     if it was interrupted or is given more trials; `picture`, .png or .svg, shows it. `site` is one name or several,
@@ -89,7 +91,7 @@ def steer(
     """
     chosen, out = method_named(method), Path(out)
     kept = Path(study) if study is not None else None
-    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept)
+    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept, segments)
     require_place(out)  # now, not after hours of work
     drawing = _drawing(picture, goal)
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
@@ -157,9 +159,9 @@ def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, 
             compile_for(Program(base.facts.geometry, tuple(probes)), base, target, form, approximate=True)
             continue
         reasons = [refusal(probe, base.facts, target_for(target, form)) for probe in probes]
-        if all(reasons):
+        if all(reasons) or (any(reasons) and not goal.method.rank):
             raise Refused(
-                f"steering at site {place} cannot be compiled: {reasons[0]}; "
+                f"steering at site {place} cannot be compiled: {next(filter(None, reasons))}; "
                 "or write the program alone with --program-only"
             )
 
