@@ -1,4 +1,4 @@
-"""How near a model comes to reference completions: what it would write, and how likely it finds what was to be written."""
+"""How near a model comes to reference completions: by what it writes, and by how likely it finds them."""
 
 import math
 from collections import Counter

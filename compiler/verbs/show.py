@@ -210,7 +210,7 @@ def _search(found: Search) -> None:
         for t in found.table
     ]  # fmt: skip
     columns = ("", *names, "alpha", "drift", *figures)
-    _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
+    _table("Search on held-out prompts (drift in nats per token)", columns, rows, all_rows=True)
 
 
 def _figures(score: Score | None, count: int) -> list[str]:

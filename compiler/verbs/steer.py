@@ -80,13 +80,14 @@ def steer(
     """Finds what tells the pairs' sides apart, edits it, and writes the checkpoint at `out`.
 
     The method "austeer" scales units of one site, default ffn, or the best of several; "steer2edit" adds rank-1 edits
-    of heads, neurons or, by default, both; "fusion" shifts the residual stream of every layer towards the pairs'
-    positive sides as references, by one weight or one for each of so many `segments`, for overlap and perplexity. What is not given of `top_k` and `alpha` is searched on held-out prompts
-    for the best accuracy with a mean KL to the base on neutral text of at most `max_drift`, in so many `trials`;
-    Steer2Edit's `rho` and `l1_ratio` together stand for both. The file `study` keeps the search, which goes on there
-    if it was interrupted or is given more trials; `picture`, .png or .svg, shows it. `site` is one name or several,
-    in a sequence or with commas. With `program_only`, `out` is a program file. With `approximate` the site may be
-    residual, compiled by the approximation nearest on held-out text.
+    of heads, neurons or, by default, both; "fusion" shifts the residual stream of every layer, with one weight or one
+    for each of `segments` of layers, towards the pairs' positive sides. What is not given of `top_k` and `alpha` is
+    searched on held-out prompts for the best accuracy (fusion: overlap and perplexity) with a mean KL to the base on
+    neutral text of at most `max_drift`, in so many `trials`; Steer2Edit's `rho` and `l1_ratio` together stand for
+    both. The file `study` keeps the search, which goes on there if it was interrupted or is given more trials;
+    `picture`, .png or .svg, shows it. `site` is one name or several, in a sequence or with commas. With
+    `program_only`, `out` is a program file. With `approximate` the site may be residual, compiled by the
+    approximation nearest on held-out text.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     chosen, out = method_named(method), Path(out)
