@@ -111,21 +111,22 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @OUT
 @click.option(
     "--method",
-    type=click.Choice(["austeer", "steer2edit"]),
+    type=click.Choice(["austeer", "steer2edit", "fusion"]),
     default="austeer",
     show_default=True,
-    help="austeer scales units; steer2edit adds rank-1 edits of heads and neurons.",
+    help="austeer scales units; steer2edit adds rank-1 edits of heads and neurons; fusion shifts every layer.",
 )
 @click.option(
     "--site",
     multiple=True,
     help="heads (attention), attn, neurons, ffn or residual (layer), or several, of which the search chooses; "
-    "default: ffn; steer2edit: heads and neurons.",
+    "default: ffn; steer2edit: heads and neurons; fusion: residual.",
 )
 @click.option("--top-k", type=int, help="Units (steer2edit: heads and neurons) to edit; default: searched.")
 @click.option("--alpha", type=float, help="Strength; default: searched.")
 @click.option("--rho", type=float, help="steer2edit: penalty of its elastic net, with --l1-ratio; default: searched.")
 @click.option("--l1-ratio", type=float, help="steer2edit: the l1 part of that penalty, from 0 to below 1.")
+@click.option("--segments", type=int, help="fusion: segments of layers with a weight each; default: one weight.")
 @click.option(
     "--max-drift",
     type=float,

@@ -1,15 +1,14 @@
 """The space of programs that edit the first k components of a ranking."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from austeer.compiler.facts import Geometry
 from austeer.compiler.program import Program
 from austeer.passes.study import Dimension, Point, Range
 
 MOST = 256  # components
-Variant: TypeAlias = Callable[[Program], Program]
 
 
 class Ranking(Protocol):
@@ -36,7 +35,7 @@ class Ranking(Protocol):
 
 @dataclass(frozen=True)
 class Components:
-    """The first k components of one of several rankings, by site, edited as they are or in one of several gates.
+    """The first k components of one of several rankings, by site.
 
     `top_k` where k is given; else k goes up to 256, or what the smallest ranking holds.
     """
@@ -44,21 +43,20 @@ class Components:
     rankings: Mapping[str, Ranking]
     model: Geometry
     top_k: int | None = None
-    gates: Mapping[str, Variant] = field(default_factory=lambda: {"": lambda program: program})
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Site, gate and k."""
+        """Site and k."""
         counts = Range(1, self._most) if self.top_k is None else (self.top_k,)
-        return {"site": tuple(self.rankings), "gate": tuple(self.gates), "k": counts}
+        return {"site": tuple(self.rankings), "k": counts}
 
     @property
     def starts(self) -> Sequence[Point]:
-        """k = 1, 2, 4, ..., dealt out to the sites and gates."""
+        """k = 1, 2, 4, ..., dealt out to the sites."""
         counts = [self.top_k] if self.top_k else [1 << power for power in range(self._most.bit_length())]
-        places = [{"site": site, "gate": gate} for site in self.rankings for gate in self.gates]
-        many = max(len(counts), len(places))
-        return [{**places[n % len(places)], "k": counts[n % len(counts)]} for n in range(many)]
+        sites = list(self.rankings)
+        many = max(len(counts), len(sites))
+        return [{"site": sites[n % len(sites)], "k": counts[n % len(counts)]} for n in range(many)]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -70,9 +68,8 @@ class Components:
         return min(MOST, *(ranking.size for ranking in self.rankings.values()))
 
     def program(self, point: Point, alpha: float) -> Program:
-        """The point's components with strength α, in its gate."""
-        plain = self.rankings[point["site"]].select(point["k"], alpha, self.model)
-        return self.gates[point["gate"]](plain)
+        """The point's components with strength α."""
+        return self.rankings[point["site"]].select(point["k"], alpha, self.model)
 
     def size(self, point: Point) -> int:
         """k."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from austeer.compiler.errors import UsageError
+from austeer.compiler.facts import Geometry
 from austeer.compiler.measure import Score, drifts
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
@@ -27,6 +28,11 @@ Judge: TypeAlias = Callable[[Sequence[Program | None]], Sequence[Score]]
 
 class Space(Protocol):
     """What a search chooses from: points, each of them a program of any strength α."""
+
+    @property
+    def model(self) -> Geometry:
+        """The model that the programs are for."""
+        ...
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import CheckFailed, UsageError
+from austeer.compiler.fidelity import fidelities
 from austeer.compiler.forward import longest_text
 from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import Effect, drifts, effects
@@ -30,7 +31,9 @@ from austeer.compiler.verbs.bases import Base
 from austeer.compiler.verbs.common import Settings, working_dtype
 from austeer.compiler.verbs.methods import METHODS, Method
 from austeer.passes.components import Components
-from austeer.passes.search import Search, Terms, digest, search
+from austeer.passes.fusion import fusion
+from austeer.passes.in_gates import GATE, InGates
+from austeer.passes.search import Search, Space, Terms, digest, search
 from austeer.passes.steer2edit import Alignment, elastic_net
 from austeer.passes.study import Point
 
@@ -48,7 +51,7 @@ class Goal:
     """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token).
 
     `rho` and `l1_ratio`, Steer2Edit's own terms, decide both how many and how strong. `trials` is the length of the
-    search for what is left open, `study` the file that keeps it.
+    search for what is left open, `study` the file that keeps it. `segments` is Fusion Steering's number of weights.
     """
 
     method: Method
@@ -60,13 +63,14 @@ class Goal:
     l1_ratio: float | None = None
     trials: int | None = None
     study: Path | None = None
+    segments: int | None = None
     adaptive: Adaptive | None = None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to choose, so that no pair has to be held out."""
-        given = self.top_k is not None and self.alpha is not None
-        return self.rho is not None or (given and len(self.places) == 1)
+        counted = self.top_k is not None if self.method.rank else self.segments in (None, 1)
+        return self.rho is not None or (counted and self.alpha is not None and len(self.places) == 1)
 
     @property
     def places(self) -> Mapping[str, tuple[SiteName, ...]]:
@@ -82,6 +86,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         _require_penalty(self)
+        _require_segments(self)
         if self.complete and (self.trials or self.study):
             raise UsageError("--trials and --study belong to a search, and nothing is left to search for")
         if self.trials is not None and self.trials < 1:
@@ -106,6 +111,13 @@ def _require_penalty(goal: Goal) -> None:
     if goal.top_k is not None or goal.alpha is not None:
         raise UsageError("--rho and --l1-ratio decide what --top-k and --alpha do: give one pair or the other")
     elastic_net((), goal.rho, goal.l1_ratio)  # refuses what has no closed form
+
+
+def _require_segments(goal: Goal) -> None:
+    if goal.segments is not None and goal.method.rank:
+        raise UsageError("--segments belongs to --method fusion")
+    if goal.top_k is not None and not goal.method.rank:
+        raise UsageError("--top-k has no meaning for --method fusion, which edits every layer; see --segments")
 
 
 @dataclass(frozen=True)
@@ -194,14 +206,23 @@ def _unseen(pairs: Sequence[PairTokens], gating: Gating | None) -> list[Sequence
 
 def _space(
     model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, gating: Gating | None, batch_tokens: int
-) -> Components:
-    rankings = {name: goal.method.rank(model, pairs, sites, batch_tokens) for name, sites in goal.places.items()}
-    geometry = live_facts(model).geometry
+) -> Space:
+    space = _plain_space(model, pairs, goal, gating, batch_tokens)
     if gating is None:
-        return Components(rankings, geometry, goal.top_k)
-    within = {name: ranking.within(gating.gates) for name, ranking in rankings.items()}
-    variants = dict(list(gating.variants.items())[: 1 if goal.complete else None])
-    return Components(within, geometry, goal.top_k, variants)
+        return space
+    return InGates(space, dict(list(gating.variants.items())[: 1 if goal.complete else None]))
+
+
+def _plain_space(
+    model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, gating: Gating | None, batch_tokens: int
+) -> Space:
+    rank = goal.method.rank
+    if rank is None:
+        return fusion(model, pairs, goal.segments or 1, batch_tokens=batch_tokens)
+    rankings = {name: rank(model, pairs, sites, batch_tokens) for name, sites in goal.places.items()}
+    if gating is not None:
+        rankings = {name: ranking.within(gating.gates) for name, ranking in rankings.items()}
+    return Components(rankings, live_facts(model).geometry, goal.top_k)
 
 
 def _terms(goal: Goal, seed: int, identity: Mapping[str, str]) -> Terms:
@@ -211,7 +232,7 @@ def _terms(goal: Goal, seed: int, identity: Mapping[str, str]) -> Terms:
 
 def _choose(
     model: "PreTrainedModel",
-    space: Components,
+    space: Space,
     held_out: Sequence[PairTokens],
     plain: Sequence[Tokens],
     goal: Goal,
@@ -221,39 +242,42 @@ def _choose(
     """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
     if goal.complete:
         program, point, alpha = _given(space, goal)
-        choice = _choice(space, point, alpha, drifts(model, plain, [program], batch_tokens)[0])
+        (drift,) = drifts(model, plain, [program], batch_tokens)
+        choice = Choice(point.get("site", goal.place), space.size(point), alpha, drift)
     else:
-        judge = partial(effects, model, held_out, batch_tokens=batch_tokens)
+        judge = partial(effects if goal.method.rank else fidelities, model, held_out, batch_tokens=batch_tokens)
         found = search(model, space, judge, plain, terms, batch_tokens=batch_tokens)
         if found.best is None:
             raise CheckFailed(_no_help(found, goal))
-        choice = _choice(space, found.best.point, found.best.alpha, found.best.drift, found)
-        program = space.program(found.best.point, choice.alpha)
+        point, alpha = found.best.point, found.best.alpha
+        choice = Choice(point.get("site", goal.place), space.size(point), alpha, found.best.drift, found)
+        program = space.program(point, alpha)
     return program, _with_penalty(choice, space, goal)
 
 
-def _choice(space: Components, point: Point, alpha: float, drift: float, found: Search | None = None) -> Choice:
-    return Choice(point["site"], space.size(point), alpha, drift, found)
-
-
-def _given(space: Components, goal: Goal) -> tuple[Program, Point, float]:
+def _given(space: Space, goal: Goal) -> tuple[Program, Point, float]:
     """The program of a complete goal, its point of the space, and how strong it is."""
     point, alignment = space.starts[0], _alignment(space)
     if alignment and goal.rho is not None and goal.l1_ratio is not None:
         k, alpha = alignment.choice(goal.rho, goal.l1_ratio)
         if k == 0:
             raise CheckFailed("the elastic net leaves no head or neuron to edit: use a smaller --rho or --l1-ratio")
-        return alignment.program(goal.rho, goal.l1_ratio, space.model), {**point, "k": k}, alpha
+        program = alignment.program(goal.rho, goal.l1_ratio, space.model)
+        if isinstance(space, InGates):
+            program = space.gates[point[GATE]](program)
+        return program, {**point, "k": k}, alpha
     assert goal.alpha is not None
     return space.program(point, goal.alpha), point, goal.alpha
 
 
-def _alignment(space: Components) -> Alignment | None:
+def _alignment(space: Space) -> Alignment | None:
     """What Steer2Edit ranks by."""
-    return next((ranking for ranking in space.rankings.values() if isinstance(ranking, Alignment)), None)
+    space = space.inner if isinstance(space, InGates) else space
+    rankings = space.rankings.values() if isinstance(space, Components) else ()
+    return next((ranking for ranking in rankings if isinstance(ranking, Alignment)), None)
 
 
-def _with_penalty(choice: Choice, space: Components, goal: Goal) -> Choice:
+def _with_penalty(choice: Choice, space: Space, goal: Goal) -> Choice:
     alignment = _alignment(space)
     if alignment is None:
         return choice

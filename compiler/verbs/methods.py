@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from austeer.compiler.edits import Edit, Rank1, Scale
+from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.errors import UsageError
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.sites import SITES, SPACE, SiteName
@@ -23,7 +23,8 @@ class Method:
 
     Several sites are ranked and edited `together`, or each for itself, and the search chooses one of them. `rank`
     takes a model, pairs, the sites of one ranking and the tokens of a batch; `count` says how many components a site
-    has in one layer; `probe` is an edit that does nothing, for asking whether a place can be edited.
+    has in one layer; `probe` is an edit that does nothing, for asking whether a place can be edited. Without a `rank`
+    it edits every layer (Fusion Steering): by how much in which segment is all that is searched.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Method:
     sites: tuple[SiteName, ...]
     default: tuple[SiteName, ...]
     together: bool
-    rank: "Callable[[PreTrainedModel, Sequence[PairTokens], Sequence[SiteName], int], Ranking]"
+    rank: "Callable[[PreTrainedModel, Sequence[PairTokens], Sequence[SiteName], int], Ranking] | None"
     count: Callable[[ModelFacts, SiteName], int]
     probe: Callable[[int, SiteName], Edit]
 
@@ -56,6 +57,16 @@ _METHODS = (
         rank=lambda model, pairs, sites, tokens: steer2edit(model, pairs, sites, batch_tokens=tokens),
         count=lambda facts, site: facts.geometry.width(SPACE[site]) // (facts.head_dim if site == "heads" else 1),
         probe=lambda layer, site: Rank1(layer, site, (), (), 0.0),
+    ),
+    Method(
+        name="fusion",
+        components="layers",
+        sites=("residual",),
+        default=("residual",),
+        together=True,
+        rank=None,
+        count=lambda _facts, _site: 1,
+        probe=lambda layer, site: Shift(layer, site, ()),
     ),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _METHODS}

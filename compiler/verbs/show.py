@@ -208,15 +208,16 @@ def _search(found: Search) -> None:
     points = [trial.point for trial in found.table]
     names = [name for name in points[0] if name == "k" or len({point[name] for point in points}) > 1]
     figures = list(asdict(found.base))
-    rows = [("base", *[""] * len(names[1:]), "", "0", *_figures(found.base, len(figures)), "")] + [
+    rows = [("base", *[""] * len(names), "", "0", *_figures(found.base, len(figures)))] + [
         (
+            "->" if t == found.best else "",
             *(f"{t.point[name]:.4g}" if isinstance(t.point[name], float) else t.point[name] for name in names),
-            f"{t.alpha:.4g}", f"{t.drift:.4f}", *_figures(t.effect, len(figures)), "<-" if t == found.best else "",
+            f"{t.alpha:.4g}", f"{t.drift:.4f}", *_figures(t.effect, len(figures)),
         )
         for t in found.table
     ]  # fmt: skip
-    columns = (*names, "alpha", "drift", *figures, "")
-    _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
+    columns = ("", *names, "alpha", "drift", *figures)
+    _table("Search on held-out prompts (drift in nats per token)", columns, rows, all_rows=True)
 
 
 def _figures(score: Score | None, count: int) -> list[str]:

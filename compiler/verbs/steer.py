@@ -75,6 +75,7 @@ def steer(
     alpha: float | None = None,
     rho: float | None = None,
     l1_ratio: float | None = None,
+    segments: int | None = None,
     max_drift: float = 0.1,
     trials: int | None = None,
     study: str | Path | None = None,
@@ -95,12 +96,14 @@ def steer(
     """Finds what tells the pairs' sides apart, edits it, and writes the checkpoint at `out`.
 
     The method "austeer" scales units of one site, default ffn, or the best of several; "steer2edit" adds rank-1 edits
-    of heads, neurons or, by default, both. What is not given of `top_k` and `alpha` is searched on held-out prompts
-    for the best accuracy with a mean KL to the base on neutral text of at most `max_drift`, in so many `trials`;
-    Steer2Edit's `rho` and `l1_ratio` together stand for both. The file `study` keeps the search, which goes on there
-    if it was interrupted or is given more trials; `picture`, .png or .svg, shows it. `site` is one name or several,
-    in a sequence or with commas. With `program_only`, `out` is a program file. With `approximate` the site may be
-    residual, compiled by the approximation nearest on held-out text.
+    of heads, neurons or, by default, both; "fusion" shifts the residual stream of every layer, with one weight or one
+    for each of `segments` of layers, towards the pairs' positive sides. What is not given of `top_k` and `alpha` is
+    searched on held-out prompts for the best accuracy (fusion: overlap and perplexity) with a mean KL to the base on
+    neutral text of at most `max_drift`, in so many `trials`; Steer2Edit's `rho` and `l1_ratio` together stand for
+    both. The file `study` keeps the search, which goes on there if it was interrupted or is given more trials;
+    `picture`, .png or .svg, shows it. `site` is one name or several, in a sequence or with commas. With
+    `program_only`, `out` is a program file. With `approximate` the site may be residual, compiled by the
+    approximation nearest on held-out text.
     With `adaptive` every edit acts only where a gate of its layer is open: in texts like those of the file `when`, and
     not in those like `unless` (texts or pairs), or else on the negative sides of the pairs. At most `gate_neurons` of
     a layer carry what passes; `neurons` is "append", or "reuse" for those that contribute least.
@@ -109,7 +112,7 @@ def steer(
     chosen, out = method_named(method), Path(out)
     kept = Path(study) if study is not None else None
     gates = _adaptive(adaptive, when, unless, gate_neurons, neurons, form)
-    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept, gates)
+    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept, segments, gates)
     require_place(out)  # now, not after hours of work
     drawing = _drawing(picture, goal)
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
@@ -227,9 +230,9 @@ def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, 
             compile_for(Program(base.facts.geometry, tuple(probes)), base, target, form, approximate=True)
             continue
         reasons = [refusal(probe, base.facts, target_for(target, form)) for probe in probes]
-        if all(reasons):
+        if all(reasons) or (any(reasons) and not goal.method.rank):
             raise Refused(
-                f"steering at site {place} cannot be compiled: {reasons[0]}; "
+                f"steering at site {place} cannot be compiled: {next(filter(None, reasons))}; "
                 "or write the program alone with --program-only"
             )
 

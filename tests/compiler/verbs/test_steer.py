@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from austeer.compiler import CheckFailed, InputError, OutputError, Program, Rank1, Refused, UsageError
+from austeer.compiler import CheckFailed, InputError, OutputError, Program, Rank1, Refused, Shift, UsageError
+from austeer.compiler.fidelity import Fidelity
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.verbs.common import Settings
@@ -89,8 +90,7 @@ def test_of_several_sites_the_search_chooses_one(several: tuple[Path, Steering])
     assert found is not None
     assert {trial.point["site"] for trial in found.table} == {"heads", "ffn"}
     assert {edit.site for edit in report.program.edits} == {report.site} == {report.choice.site}
-    record = report.plain()
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    record = json.loads(json.dumps(report.plain(), allow_nan=False))
     assert record["search"]["table"][0]["point"] == {"site": "ffn", "gate": "", "k": 8}
 
 
@@ -219,10 +219,45 @@ def test_rho_and_l1_ratio_say_how_many_and_how_strongly(rank1: Steering, tmp_pat
     assert {edit.site for edit in heads.program.edits} == {"heads"}
 
 
+def test_fusion_shifts_every_layer_and_weighs_its_segments(tmp_path: Path):
+    report = steer(
+        str(MODEL), PAIRS, tmp_path / "out", method="fusion", segments=2, trials=6, neutral=NEUTRAL, settings=CPU
+    )
+    found = report.choice.search
+    assert found is not None
+    assert found.best is not None
+    assert isinstance(found.best.effect, Fidelity)
+    assert isinstance(found.base, Fidelity)
+    assert found.best.effect.score > found.base.score
+    assert found.best.drift <= 0.1
+    assert set(found.best.point) == {"weight 1", "weight 2"}
+    assert [(edit.layer, edit.site, type(edit)) for edit in report.program.edits] == [
+        (layer, "residual", Shift) for layer in range(report.program.model.layers)
+    ]
+    assert report.certificate is not None
+    assert report.certificate.passed
+    assert read_manifest(tmp_path / "out")["steer"]["search"]["best"]["point"] == found.best.point
+
+
+def test_fusion_with_a_given_weight_is_not_searched(tmp_path: Path):
+    options = {"method": "fusion", "neutral": NEUTRAL, "program_only": True, "settings": CPU}
+    report = steer(str(MODEL), PAIRS, tmp_path / "program", alpha=0.1, **options)
+    assert report.choice.search is None
+    assert report.choice.k == report.program.model.layers
+    with pytest.raises(UsageError, match="must be from 1 to the"):
+        steer(str(MODEL), PAIRS, tmp_path / "other", segments=99, **options)
+
+
+def test_fusion_is_refused_where_one_layer_cannot_carry_it(tmp_path: Path):
+    model = on_disk(Tiny("mixtral"))
+    with pytest.raises(Refused, match="steering at site residual cannot be compiled"):
+        steer(str(model), PAIRS, tmp_path / "out", method="fusion", settings=CPU)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "unknown method 'magic': use one of austeer, steer2edit"),
+        ({"method": "magic"}, "unknown method 'magic': use one of austeer, steer2edit, fusion"),
         ({"method": "steer2edit", "site": "ffn"}, "edits the sites heads and neurons, not ffn"),
         ({"method": "steer2edit", "rho": 0.1}, "need each other"),
         ({"method": "steer2edit", "rho": 0.1, "l1_ratio": 1.0}, "from 0 to below 1"),
@@ -230,6 +265,9 @@ def test_rho_and_l1_ratio_say_how_many_and_how_strongly(rank1: Steering, tmp_pat
         ({"method": "steer2edit", "alpha": -1.0}, "above 0"),
         ({"method": "steer2edit", "top_k": 10**6}, "heads and neurons at site heads and neurons of all layers"),
         ({"rho": 0.1, "l1_ratio": 0.5}, "belong to --method steer2edit"),
+        ({"segments": 2}, "belongs to --method fusion"),
+        ({"method": "fusion", "top_k": 2}, "no meaning for --method fusion"),
+        ({"method": "fusion", "site": "ffn"}, "edits the sites residual, not ffn"),
     ],
 )
 def test_options_of_one_method_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path):
