@@ -285,7 +285,7 @@ def test_neurons_that_were_fitted_are_compiled_if_asked_for_and_judged(tmp_path:
     width = Program.of([], model=MODEL).model.residual
     nothing = Fitted(np.zeros((1, width)), [0], np.zeros((1, width)), [0], np.zeros((width, 1)))
     source = program(tmp_path, Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate, nothing), Scale(0, "ffn", (1,), 0.5))
-    with pytest.raises(Refused, match="1 of 2 edits .*\n.*gated scale at layer 1, site ffn: .*neurons were fitted"):
+    with pytest.raises(Refused, match=r"1 of 2 edits .*\n.*gated scale at layer 1, site ffn: .*neurons were fitted"):
         build(str(MODEL), [source], tmp_path / "out")
     with pytest.raises(CheckFailed, match="half that of the unedited base"):
         build(str(MODEL), [program(tmp_path, Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate, nothing))],
@@ -302,7 +302,7 @@ def test_with_biases_it_is_exact_whether_asked_for_or_not(tmp_path: Path) -> Non
 
 def test_a_scaled_stream_is_not_approximated_beside_a_gate(tmp_path: Path) -> None:
     source = program(tmp_path, *SCALES, gated())
-    with pytest.raises(Refused, match="gated shift at layer 2, site attn: .*scale at site residual.*model-code"):
+    with pytest.raises(Refused, match=r"gated shift at layer 2, site attn: .*scale at site residual.*model-code"):
         build(str(MODEL), [source], tmp_path / "out", approximate=True)
 
 
