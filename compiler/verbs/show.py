@@ -158,7 +158,8 @@ def _program(program: Program) -> None:
 @show.register
 def _(report: Support) -> None:
     for target in report.targets:
-        columns = ("architecture", *(f"{kind} @ {', '.join(sites)}" for kind, sites in COLUMNS))
+        places = ((kind, "all sites" if sites == SITES else ", ".join(sites)) for kind, sites in COLUMNS)
+        columns = ("architecture", *(f"{kind} @ {place}" for kind, place in places))
         rows = [
             (architecture, *(_ways(report, target.name, architecture, *column) for column in COLUMNS))
             for architecture in ARCHITECTURES

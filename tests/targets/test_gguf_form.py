@@ -239,7 +239,7 @@ def test_an_architecture_that_reads_no_bias_takes_no_constant(tmp_path: Path) ->
 def test_a_gate_makes_the_ffn_wider_which_no_patch_does(tmp_path: Path) -> None:
     path = written(tmp_path / "model.gguf")
     gated = [Gated(edit, Gate(np.ones(RESIDUAL), 0.5, 2.0)) for edit in (SHIFT, SCALE)]
-    with pytest.raises(Refused, match="a gate is new neurons, which make the FFN wider; .*--form gguf") as raised:
+    with pytest.raises(Refused, match=r"a gate is new neurons, which make the FFN wider; .*--form gguf") as raised:
         gguf_patch.plan_gguf(path, of(*gated, SCALE))
     first, *lines = str(raised.value).splitlines()
     assert first.startswith("2 of 3 edits have no exact fold")

@@ -65,10 +65,16 @@ def test_gates_as_json() -> None:
     assert ways["transformers", "gemma2"] == []
 
 
-def test_gates_have_a_column() -> None:
-    shown = CliRunner().invoke(main, ["targets", "sglang"]).stdout
-    assert "gated @ heads, attn, neurons, ffn, residual" in " ".join(shown.split())
-    assert "neurons without bias" in " ".join(shown.split())
+def test_gates_have_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    rows = CliRunner().invoke(main, ["targets", "transformers"]).stdout.splitlines()
+    columns = {
+        cells[0]: cells[-1] for row in rows if len(cells := [cell.strip() for cell in row.strip("┃│").split("│")])
+    }
+    assert any("gated @ all sites" in row for row in rows)
+    assert columns["llama"] == "neurons (shift), fitted neurons, neurons without bias"
+    assert columns["qwen3"] == "neurons without bias"
+    assert columns["gemma2"] == "refused"
 
 
 def test_an_unknown_target() -> None:
