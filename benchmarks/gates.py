@@ -71,8 +71,8 @@ def run(
 ) -> Report:
     """Decoding and reading, in transformers and, where it is installed with its converter, in llama.cpp.
 
-    After `budget` seconds an engine begins no new round, once there are three. Shapes but the largest have no limit: the
-    neurons are as many there, and so a larger part of the whole.
+    After `budget` seconds an engine begins no new round, once there are three. Smaller shapes have no limit: of them
+    the neurons, which are as many, are a larger part.
     """
     report = Report("gates", METHOD.format(neurons=NEURONS))
     report.details |= {"shape": vars(shape), "layers": layers}
@@ -146,21 +146,21 @@ def _taken(opened: Open, works: Sequence[Work], rounds: int, until: float) -> di
     for number in range(rounds):
         if number >= LEAST_ROUNDS and perf_counter() > until:
             break
-        with opened() as models:
-            for serve in models.values():
-                serve(prompt=PROMPT, new_tokens=2)  # the warm-up
-            for work in works:
-                for name, time in _seconds(models, work, number):
-                    taken[work].setdefault(name, []).append(time)
+        for work, name, time in _round(opened, works, number):
+            taken[work].setdefault(name, []).append(time)
     return taken
 
 
-def _seconds(models: Mapping[str, Serve], work: Work, number: int) -> Iterator[tuple[str, float]]:
-    """One round, which begins with another model than the one before."""
-    names, first = list(models), number % len(models)
-    for name in names[first:] + names[:first]:
-        call = partial(models[name], prompt=work.prompt, new_tokens=work.new_tokens)
-        yield name, seconds(call, clock_for("cpu"))
+def _round(opened: Open, works: Sequence[Work], number: int) -> Iterator[tuple[Work, str, float]]:
+    """Loads all models, and begins with another one than the round before."""
+    with opened() as models:
+        for serve in models.values():
+            serve(prompt=PROMPT, new_tokens=2)  # the warm-up
+        names, first = list(models), number % len(models)
+        for work in works:
+            for name in names[first:] + names[:first]:
+                call = partial(models[name], prompt=work.prompt, new_tokens=work.new_tokens)
+                yield work, name, seconds(call, clock_for("cpu"))
 
 
 def _add_rows(report: Report, what: str, tokens: int, taken: dict[str, list[float]], least: float | None) -> None:
