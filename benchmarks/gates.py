@@ -23,7 +23,7 @@ from benchmarks.live_models import PROMPT, generated, random_llama
 from benchmarks.llama_cpp import complete, server, write_tokenizer
 from benchmarks.programs import gated
 from benchmarks.report import FOLDER, Report, Row
-from benchmarks.samples import clock_for, estimate, interleaved, ratio, seconds
+from benchmarks.samples import clock_for, estimate, ratio, seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,15 +34,15 @@ Open: TypeAlias = Callable[[], AbstractContextManager[Mapping[str, Serve]]]
 LEAST_SPEED = 0.97
 NEURONS = 256
 VOCABULARY = 512
-ROUNDS_A_LOAD = 3
+LEAST_ROUNDS = 3
 BASE, PROGRAM, COMPILED = "base", "program.safetensors", "compiled"
 CONVERTER = Path(".engines/llama.cpp")  # where `make test` puts it
 METHOD = (
     "Random llamas in bfloat16, one thread, batch 1, greedy, in turns. The base has no biases; the program has a "
     "Scale and a Shift behind a gate in every layer, on {neurons} new neurons, and is compiled by build. Figures are "
     "tokens/s of processor time, as ratios within a round. The pages on which weights happen to lie are worth several "
-    "percent, so all models are loaded anew, into memory of their own, every {rounds} rounds. A larger vocabulary "
-    "would only bring the ratios nearer to 1."
+    "percent, so every round loads all models anew, into memory of their own. A larger vocabulary would only bring "
+    "the ratios nearer to 1."
 )
 
 
@@ -71,10 +71,10 @@ def run(
 ) -> Report:
     """Decoding and reading, in transformers and, where it is installed with its converter, in llama.cpp.
 
-    After `budget` seconds with an engine its models are not loaded again. Shapes but the largest have no limit: the
-    neurons are as many there, and so a larger part of the whole.
+    After `budget` seconds an engine begins no new round, once there are three. Smaller shapes have no limit: of them
+    the neurons, which are as many, are a larger part.
     """
-    report = Report("gates", METHOD.format(neurons=NEURONS, rounds=ROUNDS_A_LOAD))
+    report = Report("gates", METHOD.format(neurons=NEURONS))
     report.details |= {"shape": vars(shape), "layers": layers}
     works = Work("decoding", PROMPT, new_tokens), Work("reading", prompt, 1)
     least = LEAST_SPEED if shape == EIGHT_B else None
@@ -143,28 +143,31 @@ def _llama_cpp(scratch: Path) -> Iterator[Mapping[str, Serve]]:
 def _taken(opened: Open, works: Sequence[Work], rounds: int, until: float) -> dict[Work, dict[str, list[float]]]:
     """By work and model, the seconds of each round."""
     taken: dict[Work, dict[str, list[float]]] = {work: {} for work in works}
-    for first in range(0, rounds, ROUNDS_A_LOAD):
-        if first and perf_counter() > until:
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and perf_counter() > until:
             break
-        with opened() as models:
-            for work in works:
-                for name, times in _seconds(models, work, min(ROUNDS_A_LOAD, rounds - first)).items():
-                    taken[work].setdefault(name, []).extend(times)
+        for work, name, time in _round(opened, works, number):
+            taken[work].setdefault(name, []).append(time)
     return taken
 
 
-def _seconds(models: Mapping[str, Serve], work: Work, rounds: int) -> dict[str, list[float]]:
-    calls = {name: partial(serve, prompt=work.prompt, new_tokens=work.new_tokens) for name, serve in models.items()}
-    for call in calls.values():
-        call()  # the warm-up
-    return interleaved({name: partial(seconds, call, clock_for("cpu")) for name, call in calls.items()}, rounds)
+def _round(opened: Open, works: Sequence[Work], number: int) -> Iterator[tuple[Work, str, float]]:
+    """Loads all models, and begins with another one than the round before."""
+    with opened() as models:
+        for serve in models.values():
+            serve(prompt=PROMPT, new_tokens=2)  # the warm-up
+        names, first = list(models), number % len(models)
+        for work in works:
+            for name in names[first:] + names[:first]:
+                call = partial(models[name], prompt=work.prompt, new_tokens=work.new_tokens)
+                yield work, name, seconds(call, clock_for("cpu"))
 
 
 def _add_rows(report: Report, what: str, tokens: int, taken: dict[str, list[float]], least: float | None) -> None:
     """One row for each model but the base."""
     speed = {name: round(tokens / estimate(times).value, 2) for name, times in taken.items()}
     report.details[what] = {"tokens": tokens, "tokens_per_second": speed, "seconds": taken}
-    for name in list(taken)[1:]:
+    for name in list(taken)[1:]:  # the first round begins with the base
         note = f"{speed[name]} and {speed['base']} tokens/s, {len(taken['base'])} rounds"
         limit = least if name == "compiled" else None
         report.rows.append(Row(f"{what}: {name} / base", ratio(taken["base"], taken[name]), at_least=limit, note=note))
