@@ -66,8 +66,8 @@ def _measured(sides: Mapping[str, SideCheck]) -> str:
 
 def _figures(found: SideCheck) -> str:
     accuracies = (f"{effect.accuracy:.3f}" if effect else "-" for effect in (found.effect, found.base_effect))
-    rates = [gate.open for gate in found.gates.values()]
-    return f"{' | '.join(accuracies)} | {min(rates):.1%} to {max(rates):.1%}"
+    least, most = found.open_range
+    return f"{' | '.join(accuracies)} | {least:.1%} to {most:.1%}"
 
 
 def _gated(program: Program) -> dict[int, Gated]:

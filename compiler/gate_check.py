@@ -42,6 +42,12 @@ class SideCheck:
     base_effect: Effect | None
     gates: Mapping[int, Openness]
 
+    @property
+    def open_range(self) -> tuple[float, float]:
+        """The least and the largest share of tokens at which a gate is open."""
+        shares = [gate.open for gate in self.gates.values()]
+        return min(shares), max(shares)
+
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

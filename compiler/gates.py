@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from austeer.compiler.edits import Edit, Floats, Shift, as_number, as_vector, set_field
+from austeer.compiler.edits import Edit, Floats, Shift, as_index, as_number, as_vector, set_field
 from austeer.compiler.errors import ProgramError
 from austeer.compiler.sites import SiteName, Space
 
@@ -114,6 +114,7 @@ class Gated(Edit):
     The edit reads its site as the edits without a gate leave it; gated edits do not see each other. As it enters
     after the block's FFN has read its input, an open gate at heads or attn is not the edit without a gate.
     `neurons` stand for it in weights, where only an approximation can; a pass fits them to activations.
+    `replaces`: which neurons of the FFN give way to those that carry it, in a compiled model; none: it gets wider.
     """
 
     kind: ClassVar[str] = "gated"
@@ -124,6 +125,7 @@ class Gated(Edit):
     edit: Edit
     gate: Gate
     neurons: Fitted | None = None
+    replaces: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         inner: Any = self.edit
@@ -134,17 +136,31 @@ class Gated(Edit):
         set_field(self, "layer", self.edit.layer)
         set_field(self, "site", self.edit.site)
         super().__post_init__()
+        set_field(self, "replaces", tuple(as_index(place, f"{self.where}: replaces") for place in self.replaces))
+        if self.replaces and len(set(self.replaces)) != len(self.replaces):
+            raise ProgramError(f"{self.where}: a neuron is replaced twice")
+        if self.replaces and len(self.replaces) != self.count:
+            raise ProgramError(f"{self.where}: replaces {len(self.replaces)} neurons, and is carried by {self.count}")
 
     @property
     def where(self) -> str:
         """The address for messages."""
         return f"gated {self.edit.where}"
 
+    @property
+    def count(self) -> int:
+        """How many neurons carry it; 0 where they have yet to be fitted."""
+        if isinstance(self.edit, Shift):
+            return 2
+        return self.neurons.count if self.neurons else 0
+
     def scalars(self) -> dict[str, Any]:
         """All fields but the vectors as JSON values, `kind` first."""
         origin = {"origin": asdict(self.gate.origin)} if self.gate.origin else {}
         gate = {"b": self.gate.b, "delta": self.gate.delta, **origin}
-        return {"kind": self.kind, "layer": self.layer, "site": self.site, "edit": self.edit.scalars(), "gate": gate}
+        replaces = {"replaces": self.replaces} if self.replaces else {}
+        edit = self.edit.scalars()
+        return {"kind": self.kind, "layer": self.layer, "site": self.site, "edit": edit, "gate": gate, **replaces}
 
     def arrays(self) -> dict[str, Floats]:
         """The vectors of the edit, the gate and the neurons."""
@@ -170,6 +186,6 @@ class Gated(Edit):
             gate: dict[str, Any] = dict(parts["gate"])
             if gate.get("origin") is not None:
                 gate["origin"] = Origin(**gate["origin"])
-            return Gated(edit, Gate(**gate), neurons)
+            return Gated(edit, Gate(**gate), neurons, tuple(parts.get("replaces", ())))
         except (TypeError, KeyError, ValueError) as error:
             raise ProgramError(f"gated: needs edit, gate (w, b, delta) and, if any, neurons: {error}") from None

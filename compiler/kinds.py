@@ -30,8 +30,10 @@ def _gated(plain: dict[str, Any], what: str) -> Gated:
         raise ProgramError(f"{what}: a gated edit has an edit of kind {', '.join(PLAIN)}; got {inner!r:.80}")
     edit = edit_from(inner, what)
     place = (plain.get("layer"), plain.get("site"))
-    unknown = plain.keys() - {"kind", "layer", "site", "edit", "gate", "neurons"}
+    unknown = plain.keys() - {"kind", "layer", "site", "edit", "gate", "neurons", "replaces"}
     if place != (edit.layer, edit.site) or unknown:
         more = f"; unknown: {', '.join(sorted(unknown))}" if unknown else ""
-        raise ProgramError(f"{what}: a gated edit has the layer and site of its edit, edit, gate and neurons{more}")
+        raise ProgramError(
+            f"{what}: a gated edit has the layer and site of its edit, edit, gate, neurons and replaces{more}"
+        )
     return Gated.of(plain, edit)

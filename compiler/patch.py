@@ -135,12 +135,13 @@ class Rescale:
 
 @dataclass(frozen=True, eq=False)
 class Neurons:
-    """n neurons appended to the FFN of a layer, which add down · (act(gate·h + gate_bias) ⊙ (up·h + up_bias)).
+    """n new neurons in the FFN of a layer, which add down · (act(gate·h + gate_bias) ⊙ (up·h + up_bias)).
 
     h is the input of the FFN. In an FFN without a gate, `gate` is what it reads with, and `up` and `up_bias` are
     not used. No scale of the output reaches them: `down` is what they add in the end, as vectors of `space`: those
     of another space than the residual pass through the base's output projection that reads it. `edits`: for each
-    neuron the number of the edit that it is for.
+    neuron the number of the edit that it is for. `places`: for each the one of the base that it replaces; none:
+    they are appended.
     """
 
     layer: int
@@ -152,6 +153,7 @@ class Neurons:
     edits: tuple[int, ...]
     exact: bool
     space: Space = "residual"
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Patch:
     """At most one Affine per place, which edit touches what, and the head shifts that v_proj takes, by layer.
 
     `stream`: at most one Rescale per layer and role, where the residual stream is kept in other units.
-    `neurons`: what FFNs are widened with, those of a layer side by side.
+    `neurons`: what is new in FFNs, those of a layer that are appended side by side.
     """
 
     operations: tuple[Affine, ...]

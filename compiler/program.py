@@ -44,6 +44,7 @@ class Program:
                         f"edit {number} ({edit.where}): unit {address[2]} is scaled twice; merge the two"
                     )
                 scaled.add(address)
+        _verify_replaced(self.edits, self.model)
 
     @staticmethod
     def of(edits: Iterable[Edit], *, model: str | Path | Geometry) -> "Program":
@@ -124,6 +125,26 @@ def _verify(edit: Edit, model: Geometry, what: str) -> None:
             raise SpaceError(
                 f"{what}: {name} has {length} values; the {space} space of {model.name} has {model.width(space)}"
             )
+
+
+def _verify_replaced(edits: Iterable[Edit], model: Geometry) -> None:
+    """Every neuron that gated edits replace is there, and gives way once."""
+    gated = [(f"edit {number} ({edit.where})", edit) for number, edit in enumerate(edits) if isinstance(edit, Gated)]
+    replacing = [what for what, edit in gated if edit.replaces]
+    adding = [what for what, edit in gated if not edit.replaces]
+    if replacing and adding:
+        raise ProgramError(
+            f"{replacing[0]} replaces neurons and {adding[0]} does not; choose the neurons of all gated edits anew, "
+            "or of none"
+        )
+    taken: dict[tuple[int, int], str] = {}
+    for what, edit in gated:
+        for neuron in edit.replaces:
+            if neuron >= model.neurons:
+                raise ProgramError(f"{what}: neuron {neuron} is outside the {model.neurons} of {model.name}'s FFNs")
+            other = taken.setdefault((edit.layer, neuron), what)
+            if other != what:
+                raise ProgramError(f"{what}: {other} replaces neuron {neuron} too; choose the neurons of all anew")
 
 
 def _from_safetensors(data: bytes) -> Program:

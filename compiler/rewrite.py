@@ -49,10 +49,15 @@ class Matrix:
     @property
     def runs(self) -> list[tuple[int, int]]:
         """The ranges of stored rows that change."""
+        return _runs(np.flatnonzero(self.changed))
+
+    @property
+    def changed(self) -> NDArray[np.bool_]:
+        """For each stored row whether it changes."""
         changed = np.zeros(self.shape[0], bool)
         for rows, _ in self._parts:
             changed[rows] = True
-        return _runs(np.flatnonzero(changed))
+        return changed
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +90,7 @@ class Matrix:
         changes = [(place, *self._changed(stored, first, place)) for place in places]
         for place, new, _ in changes:
             stored[_cross(place)] = new
-        rounding = max(error for _, _, error in changes)
+        rounding = max((error for _, _, error in changes), default=0.0)
         return Segment(self.offset + first * self.row_bytes, stored.data.cast("B"), rounding)
 
     def _changed(self, stored: NDArray[Any], first: int, place: Part) -> tuple[NDArray[Any], float]:

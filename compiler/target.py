@@ -1,7 +1,7 @@
 """Targets: what an inference engine does with weights that not every model of a family has, as data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from austeer.compiler.errors import UsageError
@@ -65,6 +65,12 @@ def widens(target: Target, architecture: str) -> bool:
         return all(widens(member, architecture) for member in target.members)
     row = target.row(architecture)
     return isinstance(row, Row) and row.widens
+
+
+def of_any_width(target: Target) -> Target:
+    """The target as it is to programs that leave every FFN as wide as it was."""
+    rows = {name: replace(row, widens=True) if isinstance(row, Row) else row for name, row in target.rows.items()}
+    return replace(target, rows=rows, members=tuple(map(of_any_width, target.members)))
 
 
 def target_named(name: str, known: Mapping[str, Target]) -> Target:

@@ -7,8 +7,8 @@
     layer 3 ffn gated scale 3:0.5 gate delta 8 b -0.5 w 0.1 0 ...
 
 A gate may go on with `constant NUMBERS` and with `origin` and its five values, and a gated edit with `neurons` and
-its five named lists, row by row. One edit a line, in program order; `#` starts a comment line. Numbers are the
-shortest that give the float32.
+its five named lists, row by row; `replaces NEURONS` stands before its gate. One edit a line, in program order; `#`
+starts a comment line. Numbers are the shortest that give the float32.
 """
 
 import json
@@ -94,12 +94,14 @@ def _parse_fields(place: dict[str, Any], kind: str, rest: list[str]) -> dict[str
 def _parse_gated(place: dict[str, Any], words: list[str]) -> dict[str, Any]:
     rest, last = _split(words, "neurons")
     rest, origin = _split(rest, "origin")
-    edit, gate = _split(rest, "gate")
+    rest, gate = _split(rest, "gate")
+    inner, replaces = _split(rest, "replaces")
     numbers, neurons = _named(gate), _named(last)
     one: dict[str, Any] = {name: values[0] for name, values in numbers.items() if name in ("delta", "b")}
     if origin:
         one["origin"] = _parse_origin(origin)
-    gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, edit[0], edit[1:])}
+    gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, inner[0], inner[1:])}
+    gated["replaces"] = [int(word) for word in replaces]
     if neurons:
         count, residual = len(neurons["gate_bias"]), len(numbers["w"])
         shapes = {"gate": (count, residual), "up": (count, residual), "down": (residual, count)}
@@ -171,6 +173,7 @@ def _render_rest(edit: Edit) -> str:
 def _render_gated(gated: Gated) -> str:
     gate, neurons = gated.gate, gated.neurons
     words = [gated.edit.kind, _render_rest(gated.edit)]
+    words += ["replaces", *map(str, gated.replaces)] if gated.replaces else []
     words += ["gate delta", _number(gate.delta), "b", _number(gate.b), "w", _numbers(gate.w)]
     words += ["constant", _numbers(gate.constant)] if len(gate.constant) else []
     if gate.origin:

@@ -1,4 +1,4 @@
-"""gate_neurons: gated edits → neurons appended to the FFN of their block.
+"""gate_neurons: gated edits → neurons of the FFN of their block, appended or in the place of others.
 
 A smooth step is the difference of two neurons (design: g(h) = [act(z + δ) - act(z - δ)] / 2δ), so a gated shift is
 exactly two: both read z, and write ± its vector / 2δ. What a gated scale or rank1 adds is not a fixed vector, and is
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from austeer.compiler.edits import Edit, Shift
+from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
 from austeer.compiler.gates import Gate, Gated
@@ -28,17 +28,35 @@ def gate_neurons(program: Program, facts: ModelFacts, form: ModelForm) -> tuple[
         if isinstance(edit, Gated):
             neurons = _neurons(number, edit)
             biased = form.routes.get((edit.layer, "ffn_out")) == "bias" or facts.has_bias(facts.architecture.ffn_out)
-            found.append(neurons if biased else _without_bias(neurons, edit.gate))
+            neurons = neurons if biased else _without_bias(neurons, edit.gate)
+            # What they replace is lost, which no edit asked for.
+            found.append(replace(neurons, places=edit.replaces, exact=neurons.exact and not edit.replaces))
     return tuple(found)
 
 
 def most_neurons(edits: Iterable[Edit]) -> int:
-    """The number of neurons that the gated edits of a layer need, in the layer with the most."""
+    """The number of neurons that the gated edits append to a layer, in the layer with the most."""
     counts: dict[int, int] = {}
     for edit in edits:
-        if isinstance(edit, Gated):
-            counts[edit.layer] = counts.get(edit.layer, 0) + (edit.neurons.count if edit.neurons else 2)
+        if isinstance(edit, Gated) and not edit.replaces:
+            counts[edit.layer] = counts.get(edit.layer, 0) + edit.count
     return max(counts.values(), default=0)
+
+
+def replaced(edits: Iterable[Edit]) -> dict[int, set[int]]:
+    """The neurons that the gated edits replace, by layer."""
+    found: dict[int, set[int]] = {}
+    for edit in edits:
+        if isinstance(edit, Gated) and edit.replaces:
+            found.setdefault(edit.layer, set()).update(edit.replaces)
+    return found
+
+
+def named_neurons(edit: Edit) -> set[int]:
+    """The neurons that an edit without a gate is about, which must stay. A shift of them ends in a bias."""
+    if edit.site != "neurons" or not isinstance(edit, (Scale, Rank1)):
+        return set()
+    return set(edit.units if isinstance(edit, Scale) else edit.k.nonzero()[0].tolist())
 
 
 def _neurons(number: int, gated: Gated) -> Neurons:

@@ -13,8 +13,8 @@ from austeer.compiler.gates import Gated
 from austeer.compiler.patch import Role
 from austeer.compiler.program import Program
 from austeer.compiler.reexpress import carriers, reexpression
-from austeer.compiler.target import Target
-from austeer.passes.gate_neurons import most_neurons
+from austeer.compiler.target import Target, of_any_width
+from austeer.passes.gate_neurons import most_neurons, named_neurons, replaced
 from austeer.passes.lowerings import Lowering, biasless, lowerings, unkept, why_not
 
 WAY_OUT = (
@@ -31,6 +31,10 @@ def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
     for a model of another geometry.
     """
     program.require_fit(facts.geometry)
+    lost = replaced(program.edits)
+    if lost:
+        _require_kept(program, lost)
+        target = of_any_width(target)
     places = _by_place(program.edits, facts)
     tried = [_in_carrier(carrier, places, facts, target) for carrier in carriers(facts.architecture.model_type)]
     forms = [form for form in tried if isinstance(form, ModelForm)]
@@ -39,6 +43,15 @@ def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
     reasons = dict.fromkeys(reason for form in tried if not isinstance(form, ModelForm) for reason in form)
     model = f"{facts.geometry.name} ({facts.architecture.model_type})"
     raise Refused("\n".join([f"{target} cannot carry this program in {model}:", *reasons, WAY_OUT]))
+
+
+def _require_kept(program: Program, lost: dict[int, set[int]]) -> None:
+    """Refused where a neuron that gives way to a gate's is one that another edit is about."""
+    both = ((edit, sorted(named_neurons(edit) & lost.get(edit.layer, set()))) for edit in program.edits)
+    refused = [f"  {edit.where}: neuron {shared[0]}" for edit, shared in both if shared]
+    if refused:
+        head = "gated edits replace neurons that other edits are about, and what those do would be lost:"
+        raise Refused("\n".join([head, *refused, "Choose the neurons of the gates anew, for the whole program"]))
 
 
 Places = dict[tuple[int, Role], list[Edit]]

@@ -1,7 +1,7 @@
 """Steer2Edit (arXiv 2602.09870): rank-1 edits of the heads and neurons that already write along a steering vector."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from austeer.compiler.edits import Floats, Rank1
 from austeer.compiler.errors import PairsError, Refused, UsageError
 from austeer.compiler.facts import Geometry, ModelFacts
 from austeer.compiler.forward import begin
-from austeer.compiler.live import Port, live_facts, port
+from austeer.compiler.live import Port, live_facts, port, weight_of
 from austeer.compiler.program import Program
 from austeer.compiler.progress import track
 from austeer.compiler.sites import SiteName
@@ -19,7 +19,7 @@ from austeer.compiler.tokens import PairTokens, batches
 from austeer.compiler.watch import See, ports, watching
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # What a block's output projection reads, and what it writes: before any post-norm, so the edit adds v where v was seen.
@@ -71,6 +71,10 @@ class Alignment:
     def size(self) -> int:
         """The number of heads and neurons."""
         return sum(len(block.scores) for block in self.blocks)
+
+    def within(self, layers: Collection[int]) -> "Alignment":
+        """That of these layers alone."""
+        return replace(self, blocks=tuple(block for block in self.blocks if block.layer in layers))
 
     def program(self, rho: float, l1_ratio: float, model: Geometry) -> Program:
         """The edits with elastic-net strengths: one Rank1 for each layer and site that has any."""
@@ -167,7 +171,7 @@ def _block(layer: int, site: SiteName, reads: Port, means: _Means, facts: ModelF
     """Cosines and directions of one block, computed in float32. They do not depend on the sums' scale."""
     import torch
 
-    weight = _weight(reads.module, transposed=facts.architecture.transposed)
+    weight = weight_of(reads.module, transposed=facts.architecture.transposed)
     direction, inputs = (_unit(values.float()).to(weight.device) for values in (means.difference, means.sum))
     parts = (-1, facts.head_dim if site == "heads" else 1)
     k = weight.T @ direction
@@ -180,14 +184,3 @@ def _unit(vectors: "Tensor") -> "Tensor":
     """Each vector (the last axis) over its length; one of length 0 stays."""
     lengths = vectors.norm(dim=-1, keepdim=True)
     return vectors / lengths.where(lengths > 0, 1)
-
-
-def _weight(projection: "nn.Module", *, transposed: bool) -> "Tensor":
-    """The weight, float32 [residual, inputs]; where accelerate holds it elsewhere, read through what it does."""
-    import torch
-
-    weight: Any = projection.weight
-    if not weight.is_meta:
-        return (weight.T if transposed else weight).float()
-    inputs = torch.eye(weight.shape[0 if transposed else 1], dtype=weight.dtype)
-    return (projection(inputs) - projection(torch.zeros_like(inputs[:1]))).float().T

@@ -23,6 +23,7 @@ from austeer.targets.chunks import Copy, Zeros
 from austeer.targets.constants import Constants, Place, constants_of
 from austeer.targets.growth import Growth
 from austeer.targets.neurons import filled_biases, growths, neurons_lowering, new_neurons
+from austeer.targets.replaced import replaced_biases, replaced_lowering, replaced_neurons, with_replaced
 from austeer.targets.shards import Fill, Job, Shard
 from austeer.targets.stream import stream_jobs, stream_lowering
 
@@ -112,16 +113,16 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
     matrices: dict[Place, Matrix] = {(a.layer, a.role): found[0].matrices[0] for a, found in weights if found}
     constants = constants_of(patch, output, matrices)
     neurons = new_neurons(patch, output)
-    filled = {**constants.filled, **filled_biases(output, neurons)}
+    replaced = replaced_neurons(patch, output)
+    filled = {**constants.filled, **filled_biases(output, neurons), **replaced_biases(output, replaced)}
     assert filled.keys() <= output.added.keys(), REPORT
     jobs = [job for _, found in weights for job in found]
-    for tensor, vector in constants.rewritten.items():
-        _require_editable(tensor)
-        jobs.append(Job(_new_name(tensor, output), tensor, (), vector))
-    for job in stream_jobs(patch, output):
-        _require_editable(job.tensor)
-        jobs.append(job)
+    jobs += [Job(_new_name(tensor, output), tensor, (), vector) for tensor, vector in constants.rewritten.items()]
+    jobs += stream_jobs(patch, output)
     _require_once(jobs)
+    jobs = with_replaced(jobs, output, replaced)
+    for job in jobs:
+        _require_editable(job.tensor)
     jobs = sorted(filter(attrgetter("nbytes"), jobs), key=lambda job: (job.tensor.file.name, job.tensor.offset))
     grown = sorted(growths(output, neurons), key=attrgetter("start"))
     for growth in grown:
@@ -139,6 +140,7 @@ def plan(patch: Patch, layout: Layout, form: ModelForm) -> Plan:
             *_lowering(patch, output, constants),
             *stream_lowering(patch, output),
             *neurons_lowering(patch, output),
+            *replaced_lowering(replaced),
         ),
         tuple(name for name in kept if name not in (*layout.checkpoint.shards, *texts)),
         tuple(left_out),

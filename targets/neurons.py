@@ -1,6 +1,7 @@
-"""Appended neurons on the tensors of a checkpoint: every FFN becomes wider, by new rows and columns."""
+"""New neurons on the tensors of a checkpoint. Appended ones make every FFN wider, by new rows and columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ def new_neurons(patch: Patch, output: OutputLayout) -> dict[str, Part]:
 
     Parts are made when they are called for, since some need the base's weights.
     """
-    return {name: part for group in _by_layer(patch).values() for name, part in _parts(group, output)}
+    return {name: part for group in by_layer(patch).values() for name, _, part in parts_of(group, output)}
 
 
 def growths(output: OutputLayout, values: Mapping[str, Part]) -> Iterator[Growth]:
@@ -49,20 +50,21 @@ def filled_biases(output: OutputLayout, values: Mapping[str, Part]) -> dict[str,
 
 def neurons_lowering(patch: Patch, output: OutputLayout) -> Iterator[dict[str, Any]]:
     """The manifest's entries: each edit's own neurons; those that are zero are there for the sake of the first."""
-    if not patch.neurons:
+    groups = by_layer(patch)
+    if not groups:
         return
     first, width = output.base.facts.geometry.neurons, output.form.widened
     grown = {growth.name: growth for growth in growths(output, {})}
     used: dict[str, int] = {}
-    for group in _by_layer(patch).values():
+    for group in groups.values():
         owners = [(edit, neurons.exact) for neurons in group for edit in neurons.edits]
-        for name, _ in _parts(group, output):
+        for name, _, _ in parts_of(group, output):
             used[name] = len(owners)
             for edit, exact in dict.fromkeys(owners):
                 own = [first + index for index, (number, _) in enumerate(owners) if number == edit]
                 axes = _axes(grown[name], own) if name in grown else [own]
                 yield {"edit": edit, "tensor": name, "slice": axes, "exact": exact}
-    edit = min(number for neurons in patch.neurons for number in neurons.edits)
+    edit = min(number for group in groups.values() for neurons in group for number in neurons.edits)
     for name, growth in grown.items():
         zero = list(range(first + used.get(name, 0), first + width))
         yield {"edit": edit, "tensor": name, "slice": _axes(growth, zero), "exact": True}
@@ -72,31 +74,34 @@ def _axes(growth: Growth, indices: list[int]) -> list[list[int] | None]:
     return [indices if axis == growth.axis else None for axis in range(len(growth.new))]
 
 
-def _by_layer(patch: Patch) -> dict[int, list[Neurons]]:
+def by_layer(patch: Patch, *, replacing: bool = False) -> dict[int, list[Neurons]]:
+    """The appended neurons of each layer that has any, or those that replace others."""
     groups: dict[int, list[Neurons]] = {}
     for neurons in patch.neurons:
-        groups.setdefault(neurons.layer, []).append(neurons)
+        if bool(neurons.places) == replacing:
+            groups.setdefault(neurons.layer, []).append(neurons)
     return groups
 
 
-def _parts(group: Sequence[Neurons], output: OutputLayout) -> Iterator[tuple[str, Part]]:
-    """What the neurons of a layer are in each of its tensors."""
+def parts_of(group: Sequence[Neurons], output: OutputLayout) -> Iterator[tuple[str, int, Part]]:
+    """What the neurons of a layer are in each of its tensors, and how many maps of theirs the tensor fuses."""
     entry = output.form.architecture
     layer = output.slot_of(group[0].layer, attention=False)
     reading = [linear for linear in entry.inputs if not linear.of_attention]
-    parts = (("gate", "gate_bias"), ("up", "up_bias"))
-    for linear, (weight, bias) in zip(reading, parts, strict=False):  # without a gate there is only the first
-        name = output.linear_name(layer, linear)
-        yield f"{name}.weight", _rows(group, weight, transposed=entry.transposed)
+    maps = iter(("gate", "up"))  # without a gate there is only the first
+    for linear in reading:
+        name, fused = output.linear_name(layer, linear), len(linear.outputs)
+        own = list(islice(maps, fused))
+        yield f"{name}.weight", fused, _rows(group, own, transposed=entry.transposed)
         if output.has_bias(linear):
-            yield f"{name}.bias", _rows(group, bias)
+            yield f"{name}.bias", fused, _rows(group, [f"{part}_bias" for part in own])
     name = output.linear_name(layer, entry.ffn_out)
-    yield f"{name}.weight", lambda: _down(group, output)
+    yield f"{name}.weight", 1, lambda: _down(group, output)
 
 
-def _rows(group: Sequence[Neurons], part: str, *, transposed: bool = False) -> Part:
+def _rows(group: Sequence[Neurons], parts: Sequence[str], *, transposed: bool = False) -> Part:
     def rows() -> Floats:
-        whole = np.concatenate([getattr(neurons, part) for neurons in group])
+        whole = np.concatenate([getattr(neurons, part) for part in parts for neurons in group])
         return whole.T if transposed else whole
 
     return rows

@@ -75,6 +75,14 @@ def test_file_and_text_lead_back_bit_for_bit(tmp_path: Path) -> None:
     assert parse(render(made)).sha256 == Program.load(tmp_path / "p.safetensors").sha256 == made.sha256
 
 
+def test_neurons_may_be_views_that_are_transposed(tmp_path: Path) -> None:
+    down = np.arange(6).reshape(2, 3)
+    views = Fitted(*(getattr(FITTED, name) for name in ("gate", "gate_bias", "up", "up_bias")), down.T)
+    made = Program(MODEL, (Gated(SCALE, GATE, views),))
+    made.save(tmp_path / "p.safetensors")
+    assert Program.load(tmp_path / "p.safetensors") == made
+
+
 def test_text_reads_as_documented() -> None:
     assert render(Program(MODEL, EDITS[:1])).splitlines()[1] == (
         "layer 0 ffn gated scale 2:0.5 0:-1.0 gate delta 2.0 b 0.5 w 0.5 -1.0 0.25"

@@ -12,6 +12,7 @@ import numpy as np
 
 from austeer.compiler import Edit, Gate, Gated, Program, Scale, Shift
 from austeer.compiler.facts import read_facts
+from tests.compiler.test_gates import gates
 from tests.engines.models import on_disk, sized
 from tests.tiny import CONFIGS, Tiny, in_place
 
@@ -45,7 +46,13 @@ def alike(tiny: Tiny) -> Program:
     return Program.of(edits, model=folder)
 
 
-def gates(tiny: Tiny) -> Program:
+def gated(tiny: Tiny) -> Program:
+    """Every kind at every site of the last layer, gated."""
+    edits = [edit for edit in gates(tiny) if edit.layer == tiny.layers - 1]
+    return Program.of(edits, model=on_disk(tiny))
+
+
+def gated_shifts(tiny: Tiny) -> Program:
     """A gated constant at every site of the first and the last layer, and scales around it."""
     made, rng = shifts(tiny, "heads attn neurons ffn residual"), np.random.default_rng(1)
 
@@ -66,8 +73,9 @@ LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     "attention-shifts": lambda tiny: shifts(tiny, "heads attn"),
     "value-shifts": alike,
     "residual-shifts": lambda tiny: shifts(tiny, "residual"),
+    "gated-edits": gated,
     # neurons appended to every FFN
-    "gates": gates,
+    "gates": gated_shifts,
 }
 
 
@@ -164,6 +172,7 @@ CELLS: list[Cell] = [
     *cells("mlx-lm", "llama mistral qwen2", lowering="gates", **UNBIASED),
     *cells("onnxruntime-genai", "llama phi3", lowering="gates", **UNBIASED),
     *in_other_forms("transformers", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("transformers", "llama gemma2 olmo2 phi3 gpt2 gpt_neox opt", "gated-edits", "model-code"),
     *in_portable_form("openvino"),
     *in_portable_form("llama.cpp"),
     *in_portable_form("ctranslate2"),
@@ -182,6 +191,7 @@ VLLM: list[Cell] = [
     *in_portable_form("vllm"),
     *in_other_forms("vllm", "llama", "folds", "lora"),
     *in_other_forms("vllm", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("vllm", "llama gemma2 phi3 opt", "gated-edits", "model-code"),
 ]
 
 GAPS: list[Gap] = [
