@@ -8,9 +8,9 @@ import pytest
 from austeer.compiler import Gate, Gated, Program, Shift
 from austeer.compiler.facts import read_facts
 from austeer.targets import gguf
+from tests.engines.llama_cpp import use_converter
 from tests.engines.test_gguf_engine import (
     CASES,
-    converter,  # noqa: F401 - a fixture of every test
     model,
     of_live,
     of_llama_cpp,
@@ -20,6 +20,11 @@ from tests.engines.test_gguf_engine import (
 )
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def converter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_converter(monkeypatch, tmp_path / "llama.cpp")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama-unbiased"])
