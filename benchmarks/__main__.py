@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 
 from benchmarks import compile as compiling
-from benchmarks import localize, serving
+from benchmarks import gates, localize, serving
+from benchmarks.checkpoints import EIGHT_B, Shape
 from benchmarks.report import Report
 
 
@@ -23,6 +24,7 @@ def main() -> int:
         "compile": lambda: compiling.run(given.sizes, given.rounds or 3),
         "localize": lambda: localize.run(given.rounds or 9, device=given.device),
         "serving": lambda: serving.run(given.device, given.rounds or 15),
+        "gates": lambda: gates.run(given.shape, given.layers, given.rounds or 15),
     }
     broken = False
     for name in runs if given.benchmark == "all" else [given.benchmark]:
@@ -36,8 +38,12 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", nargs="?", default="all", choices=["compile", "localize", "serving", "all"])
+    parser.add_argument(
+        "benchmark", nargs="?", default="all", choices=["compile", "localize", "serving", "gates", "all"]
+    )
     parser.add_argument("--sizes", type=_sizes, default=tuple(compiling.SHAPES), help="compile: GB, such as 1,4")
+    parser.add_argument("--shape", type=_shape, default=EIGHT_B, help="gates: hidden,neurons,heads,kv heads")
+    parser.add_argument("--layers", type=int, default=2, help="gates: of that shape (default: 2)")
     parser.add_argument("--rounds", type=int, help="measurements of each thing")
     parser.add_argument("--device", default="cpu", help="localize and serving: a torch device (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the JSON too")
@@ -49,6 +55,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     if unknown := set(sizes) - compiling.SHAPES.keys():
         raise argparse.ArgumentTypeError(f"no such size: {sorted(unknown)}; there are {sorted(compiling.SHAPES)}")
     return sizes
+
+
+def _shape(text: str) -> Shape:
+    return Shape(*map(int, text.split(",")))
 
 
 if __name__ == "__main__":

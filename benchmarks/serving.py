@@ -13,6 +13,7 @@ from austeer.compiler.live import live_facts
 from austeer.compiler.program import Program
 from benchmarks.checkpoints import EIGHT_B, Shape
 from benchmarks.in_place import compiled_twin, twin
+from benchmarks.live_models import generated, prompt_for, random_llama
 from benchmarks.operators import operators
 from benchmarks.programs import mixed
 from benchmarks.report import Report, Row
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Models = Mapping[str, "PreTrainedModel"]
 
 LEAST_SPEED = 0.97
-PROMPT = 16
 SMALL = Shape(512, 1408, 8, 4).config(layers=8)
 LLAMA_8B = EIGHT_B.config(layers=32)
 METHOD = (
@@ -53,7 +53,7 @@ def run(device: str = "cpu", rounds: int = 15, new_tokens: int = 64, budget: flo
             "new_tokens": new_tokens,
             **_compared(models),
         }
-        _measure("eager", models, partial(_generate, new_tokens=new_tokens), rounds, until, report)
+        _measure("eager", models, partial(generated, new_tokens=new_tokens), rounds, until, report)
         if not small:
             _graphs(models, new_tokens, rounds, until, report)
     return report
@@ -70,7 +70,7 @@ def _small() -> Iterator[Models]:
     logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:
         base, source, out = (Path(scratch, name) for name in ("base", "program.safetensors", "out"))
-        _random(SMALL, "cpu", "float32").save_pretrained(base)
+        random_llama(SMALL, "cpu", "float32").save_pretrained(base)
         model = load_model(base, device="cpu")
         program = _program(model)
         program.save(source)
@@ -82,22 +82,10 @@ def _small() -> Iterator[Models]:
 @contextmanager
 def _large(device: str) -> Iterator[Models]:
     """An 8B llama in bfloat16, compiled in memory; the three share the weights that no edit touches."""
-    base = _random(LLAMA_8B, device, "bfloat16")
+    base = random_llama(LLAMA_8B, device, "bfloat16")
     program = _program(base)
     with interpret(twin(base), program) as hooked:
         yield {"base": base, "compiled": compiled_twin(base, program), "hooks": hooked}
-
-
-def _random(sizes: Mapping[str, Any], device: str, dtype: str) -> "PreTrainedModel":
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    # No token ends a text: what is generated is as long as asked.
-    config = LlamaConfig(**{**sizes, "dtype": dtype}, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return model.eval().requires_grad_(False)
 
 
 def _program(model: "PreTrainedModel") -> Program:
@@ -107,7 +95,7 @@ def _program(model: "PreTrainedModel") -> Program:
 
 def _compared(models: Models) -> dict[str, Any]:
     """Whether the others ask the hardware for the same operators as the base does."""
-    asked = {name: operators(model, _prompt(model)) for name, model in models.items()}
+    asked = {name: operators(model, prompt_for(model)) for name, model in models.items()}
     same = {name: found == asked["base"] for name, found in asked.items() if name != "base"}
     return {"operators": {name: len(found) for name, found in asked.items()}, "same_operators_as_base": same}
 
@@ -149,7 +137,7 @@ def _graphs(models: Models, new_tokens: int, rounds: int, until: float, report: 
     # Else dynamo gives the model with hooks the graph of the one without, and the hooks are silently lost.
     dynamo.skip_nnmodule_hook_guards = False
     options = {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
-    generate = partial(_generate, new_tokens=new_tokens, **options)
+    generate = partial(generated, new_tokens=new_tokens, **options)
     ready: dict[str, PreTrainedModel] = {}
     report.details["compilation"] = found = {}
     for name, model in models.items():
@@ -182,20 +170,3 @@ def _agreeing(first: list[int], second: list[int]) -> int:
     """How many tokens two texts have in common before they part."""
     pairs = enumerate(zip(first, second, strict=True))
     return next((number for number, (one, other) in pairs if one != other), len(first))
-
-
-def _prompt(model: "PreTrainedModel") -> Any:
-    import torch
-
-    return torch.arange(1, PROMPT + 1, device=model.device)[None]
-
-
-def _generate(model: "PreTrainedModel", *, new_tokens: int, **options: Any) -> list[int]:
-    """The new tokens. Their way to the CPU waits until the device is done."""
-    import torch
-
-    ids = _prompt(model)
-    made: Any = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
-    )
-    return made[0, PROMPT:].tolist()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         SpaceError,
         UsageError,
     )
-    from austeer.compiler.gates import Fitted, Gate, Gated
+    from austeer.compiler.gates import Fitted, Gate, Gated, Origin
     from austeer.compiler.interpreter import interpret
     from austeer.compiler.program import Program
 
@@ -35,6 +35,7 @@ __all__ = [
     "Gate",
     "Gated",
     "InputError",
+    "Origin",
     "OutputError",
     "PairsError",
     "Program",

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from austeer.compiler.certificate import Certificate
-from austeer.compiler.edits import Edit, Scale
+from austeer.compiler.edits import Edit, Floats, Scale
+from austeer.compiler.gate_card import gates_section
+from austeer.compiler.gate_check import SideCheck
+from austeer.compiler.gates import Gated
 from austeer.compiler.manifest import MANIFEST, PROGRAM
 from austeer.compiler.program import Program
 
@@ -65,7 +68,8 @@ Program `{sha256}`, {count} edits. The program is in `{program}`, the full recor
 |---|---|---|---|
 {rows}
 
-{kept} Anyone who has the base can check this, and recompute the measurement below, with `austeer-compile verify`.
+{gates}{kept}
+Anyone who has the base can check this, and recompute the measurement below, with `austeer-compile verify`.
 
 ## How exact it is
 
@@ -79,9 +83,9 @@ licence and use policy apply to this model too. Do not remove this card or `{man
 
 
 APPROXIMATE = f"""\
-**This compilation is approximate**: no stock block can carry edits at site residual exactly. The other approximations
-and what each reached are in `{MANIFEST}` under `approximations`. An approximation is certified where its mean KL from
-the reference is at most half that of the unedited base.
+**This compilation is approximate**: no stock block carries all of these edits exactly. Which of them are approximated
+is in `{MANIFEST}` under `lowering`, and what else was tried, if anything was, under `approximations`. An approximation
+is certified where its mean KL from the reference is at most half that of the unedited base.
 
 """
 
@@ -94,10 +98,11 @@ def render_card(
     *,
     form: str = "checkpoint",
     notes: Sequence[str] = (),
+    sides: Mapping[str, SideCheck] | None = None,
 ) -> bytes:
     """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields.
 
-    `notes` are what else a user should know, a sentence each.
+    `notes` are what else a user should know, a sentence each; `sides` what was measured where gates open or close.
     """
     import yaml
 
@@ -124,7 +129,8 @@ def render_card(
     body = BODY.format(
         base=base, what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
         sha256=program.sha256, count=len(program.edits), program=PROGRAM,
-        manifest=MANIFEST, rows="\n".join(rows), certificate=_measured(certificate),
+        manifest=MANIFEST, rows="\n".join(rows), gates=gates_section(program, sides or {}),
+        certificate=_measured(certificate),
     )  # fmt: skip
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n{body}".encode()
 
@@ -150,9 +156,22 @@ def describe(edit: Edit) -> str:
         )
         more = f", … {len(edit.units) - 8} more" if len(edit.units) > 8 else ""
         return f"{len(edit.units)} units ({units}{more})"
-    sizes = (f"|{name}| = {float((getattr(edit, name).astype('f8') ** 2).sum()) ** 0.5:.4g}" for name in edit.vectors)
+    if isinstance(edit, Gated):
+        return _describe_gated(edit)
+    sizes = (_size(name, getattr(edit, name)) for name in edit.vectors)
     strength = [f"strength {edit.scalars()['strength']:.4g}"] if "strength" in edit.scalars() else []
     return ", ".join([*strength, *sizes])
+
+
+def _describe_gated(gated: Gated) -> str:
+    gate, inner = gated.gate, gated.edit
+    neurons = [f"{gated.neurons.count} fitted neurons"] if gated.neurons else []
+    parts = [f"gate {_size('w', gate.w)}, b {gate.b:.4g}, delta {gate.delta:.4g}", *neurons]
+    return "; ".join([f"{inner.kind} of {describe(inner)}", *parts])
+
+
+def _size(name: str, vector: Floats) -> str:
+    return f"|{name}| = {float((vector.astype('f8') ** 2).sum()) ** 0.5:.4g}"
 
 
 def _row(edit: Edit) -> str:

@@ -54,7 +54,8 @@ FORM = click.option(
 )
 APPROXIMATE = click.option(
     "--approximate", is_flag=True,
-    help="Compile Scale at residual too: by the approximation with the least measured KL, which is said everywhere.",
+    help="Compile what no weights do exactly too, as near as they come: Scale at residual, and gates whose neurons are "
+    "fitted or have no biases. It is measured, and said everywhere.",
 )  # fmt: skip
 RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
@@ -110,19 +111,22 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @OUT
 @click.option(
     "--method",
-    type=click.Choice(["austeer", "steer2edit"]),
+    type=click.Choice(["austeer", "steer2edit", "fusion"]),
     default="austeer",
     show_default=True,
-    help="austeer scales units; steer2edit adds rank-1 edits of heads and neurons.",
+    help="austeer scales units; steer2edit adds rank-1 edits of heads and neurons; fusion shifts every layer.",
 )
 @click.option(
     "--site",
-    help="heads (attention), attn, neurons, ffn or residual (layer); default: ffn; steer2edit: heads and neurons.",
+    multiple=True,
+    help="heads (attention), attn, neurons, ffn or residual (layer), or several, of which the search chooses; "
+    "default: ffn; steer2edit: heads and neurons; fusion: residual.",
 )
 @click.option("--top-k", type=int, help="Units (steer2edit: heads and neurons) to edit; default: searched.")
 @click.option("--alpha", type=float, help="Strength; default: searched.")
 @click.option("--rho", type=float, help="steer2edit: penalty of its elastic net, with --l1-ratio; default: searched.")
 @click.option("--l1-ratio", type=float, help="steer2edit: the l1 part of that penalty, from 0 to below 1.")
+@click.option("--segments", type=int, help="fusion: segments of layers with a weight each; default: one weight.")
 @click.option(
     "--max-drift",
     type=float,
@@ -130,11 +134,33 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
     show_default=True,
     help="Mean KL to the base on neutral text, nats per token.",
 )
+@click.option("--trials", type=int, help="Trials of the search; default: 16, and 8 more for each site to choose from.")
+@click.option("--study", type=click.Path(path_type=Path), help="Keep the search in this file, and go on with it.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw effect against drift: a .png or .svg file.")
 @click.option("--neutral", type=click.Path(path_type=Path), help="Neutral texts; default: sampled from the model.")
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
 @click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@click.option("--adaptive", is_flag=True, help="Let every edit act only where a gate, fitted to texts, is open.")
+@click.option(
+    "--when",
+    type=click.Path(path_type=Path),
+    help="Texts or pairs for which gates open; default: the pairs' negative sides.",
+)
+@click.option(
+    "--unless", type=click.Path(path_type=Path), help="Those for which they close; default: the positive sides."
+)
+@click.option(
+    "--gate-neurons", type=click.IntRange(2), default=256, show_default=True, help="Neurons of a layer for its gates."
+)
+@click.option(
+    "--neurons",
+    type=click.Choice(["append", "reuse"]),
+    default="append",
+    show_default=True,
+    help="Where those go: all FFNs get wider, or the least contributing neurons go.",
+)
 @APPROXIMATE
 @TARGET
 @FORM

@@ -24,7 +24,7 @@ def as_vector(values: Any, what: str, dimensions: int = 1) -> Floats:
         if np.iscomplexobj(values):
             raise TypeError("they are complex")
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused below
-            vector = np.array(values, dtype=np.float32)
+            vector = np.array(values, dtype=np.float32, order="C")  # as files store it
     except (TypeError, ValueError) as error:
         raise ProgramError(f"{what}: not a vector of numbers ({error})") from None
     if vector.ndim != dimensions:

@@ -11,7 +11,8 @@ from austeer.compiler.checkpoint import CONFIG, read_json
 from austeer.compiler.edits import Edit
 from austeer.compiler.errors import CheckpointError, ProgramError, Refused
 from austeer.compiler.patch import Role, role_of
-from austeer.compiler.sites import Space
+from austeer.compiler.sites import SiteName, Space
+from austeer.compiler.stream import STREAMS
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,21 @@ class ModelFacts:
         """Whether the FFN of this layer is a mixture of experts."""
         experts = self.architecture.experts
         return experts is not None and experts.in_layer(layer, self.config)
+
+    def ffn_in(self, layer: int) -> Linear:
+        """The map that the FFN of a layer begins with: it reads what a gate reads. Refused for a mixture of experts."""
+        if self.has_experts(layer):
+            raise Refused(f"layer {layer} is a mixture of experts, which has no one FFN for a gate to read with")
+        return next(linear for linear in self.architecture.inputs if not linear.of_attention)
+
+    def output_norm(self, site: SiteName) -> str:
+        """The norm of a block that what is written at a site passes on its way to the stream; empty if none."""
+        if not self.post_norm or site == "residual":
+            return ""
+        stream, at_attention = STREAMS[self.architecture.model_type], site in ("heads", "attn")
+        # Without norms of their own, what they write is normed together with the stream.
+        names = (stream.attn_norm or stream.attn_in) if at_attention else (stream.ffn_norm or stream.ffn_in)
+        return names[0]
 
     @property
     def post_norm(self) -> bool:

@@ -1,7 +1,8 @@
 """Gates: edits whose effect depends on the input (the adaptive part of the source language)."""
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,13 +13,38 @@ from austeer.compiler.errors import ProgramError
 from austeer.compiler.sites import SiteName, Space
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a gate was fitted to, and what it does on held-out texts of both sides. It goes wherever the gate goes.
+
+    `when` and `unless` are the SHA-256 of the texts for which it is to be open and closed. `auc` is that of its probe;
+    the open rates are shares of tokens with g > 1/2. Raises ProgramError for what is none of that.
+    """
+
+    when: str
+    unless: str
+    auc: float
+    open_when: float
+    open_unless: float
+
+    def __post_init__(self) -> None:
+        for name in ("when", "unless"):
+            if not re.fullmatch("[0-9a-f]{64}", str(getattr(self, name))):
+                raise ProgramError(f"gate: {name} must be a SHA-256 in hexadecimal, got {getattr(self, name)!r:.80}")
+        for name in ("auc", "open_when", "open_unless"):
+            set_field(self, name, as_number(getattr(self, name), f"gate: {name}"))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ProgramError(f"gate: {name} must be from 0 to 1, got {getattr(self, name)}")
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
     """g(h) = [act(z + delta) - act(z - delta)] / 2 delta with z = w·h + b: a smooth step from 0 to 1.
 
     h is what the FFN of the edit's own block reads (after its norm), act the activation function of that FFN. silu
     overshoots by up to 0.28 / 2 delta. `constant` is a direction in which h is about 1 everywhere, for FFNs that
-    cannot have biases; empty where none is known. Raises ProgramError unless delta is above 0.
+    cannot have biases; empty where none is known. `origin` is None for a gate that nobody has fitted to texts. Raises
+    ProgramError unless delta is above 0.
     """
 
     vectors: ClassVar[tuple[str, ...]] = ("w", "constant")
@@ -27,10 +53,13 @@ class Gate:
     b: float
     delta: float
     constant: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    origin: Origin | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, w: ArrayLike, b: float, delta: float, constant: ArrayLike = ()) -> None: ...
+        def __init__(
+            self, w: ArrayLike, b: float, delta: float, constant: ArrayLike = (), origin: Origin | None = None
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name in self.vectors:
@@ -127,7 +156,8 @@ class Gated(Edit):
 
     def scalars(self) -> dict[str, Any]:
         """All fields but the vectors as JSON values, `kind` first."""
-        gate = {"b": self.gate.b, "delta": self.gate.delta}
+        origin = {"origin": asdict(self.gate.origin)} if self.gate.origin else {}
+        gate = {"b": self.gate.b, "delta": self.gate.delta, **origin}
         replaces = {"replaces": self.replaces} if self.replaces else {}
         edit = self.edit.scalars()
         return {"kind": self.kind, "layer": self.layer, "site": self.site, "edit": edit, "gate": gate, **replaces}
@@ -153,6 +183,9 @@ class Gated(Edit):
         """The gated edit with these other parts, as `plain` gives them. Raises ProgramError for what is none."""
         try:
             neurons = Fitted(**parts["neurons"]) if parts.get("neurons") is not None else None
-            return Gated(edit, Gate(**parts["gate"]), neurons, tuple(parts.get("replaces", ())))
-        except (TypeError, KeyError) as error:
+            gate: dict[str, Any] = dict(parts["gate"])
+            if gate.get("origin") is not None:
+                gate["origin"] = Origin(**gate["origin"])
+            return Gated(edit, Gate(**gate), neurons, tuple(parts.get("replaces", ())))
+        except (TypeError, KeyError, ValueError) as error:
             raise ProgramError(f"gated: needs edit, gate (w, b, delta) and, if any, neurons: {error}") from None

@@ -1,6 +1,7 @@
 """The reference semantics of gates: what gated edits add to a block, by hooks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from austeer.compiler.edits import Edit, Rank1, Scale, Shift
@@ -28,6 +29,25 @@ def gate_block(model: "PreTrainedModel", facts: ModelFacts, layer: int, edits: S
         yield from term.hooks(model, facts)
     block = block_of(model, facts, layer)
     yield block.register_forward_hook(lambda _, __, output: _with_sum(terms, output))
+
+
+@contextmanager
+def watch_gated(
+    model: "PreTrainedModel", facts: ModelFacts, edit: Gated, see: "Callable[[Tensor], None]"
+) -> Generator[None]:
+    """Within the context, `see` is shown what a gated edit would add to the output of its block, like it in shape.
+
+    It is not added. Edits that the interpreter runs at that time have changed the activations before.
+    """
+    term = _Term(edit, model, facts)
+
+    def after(_module: Any, _inputs: Any, output: Any) -> None:
+        see(term.added_to(_first(output)))
+
+    with ExitStack() as hooks:
+        for handle in (*term.hooks(model, facts), block_of(model, facts, edit.layer).register_forward_hook(after)):
+            hooks.callback(handle.remove)
+        yield
 
 
 def gate_value(gate: Gate, act: Change) -> Change:
@@ -92,9 +112,13 @@ class _Term:
 
 
 def _with_sum(terms: Sequence[_Term], output: Any) -> Any:
-    x: Tensor = output[0] if isinstance(output, tuple) else output
+    x = _first(output)
     total = (widen(x) + sum(term.added_to(x) for term in terms)).to(x.dtype)
     return (total, *output[1:]) if isinstance(output, tuple) else total
+
+
+def _first(output: Any) -> "Tensor":
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _before(place: Port, see: "Callable[[Tensor], None]") -> Any:

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from austeer.compiler.errors import CheckpointError, Refused, UsageError
+from austeer.compiler.errors import CheckpointError, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.sites import SiteName
-from austeer.compiler.stream import STREAMS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,20 +54,13 @@ def port(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: SiteName
 
 def ffn_input(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> Port:
     """Where the input of the FFN passes, which is what a gate reads. Refused for a mixture of experts."""
-    if facts.has_experts(layer):
-        raise Refused(f"layer {layer} is a mixture of experts, which has no one FFN for a gate to read with")
-    first = next(linear for linear in facts.architecture.inputs if not linear.of_attention)
-    return Port(block_of(model, facts, layer).get_submodule(first.name), "input")
+    return Port(block_of(model, facts, layer).get_submodule(facts.ffn_in(layer).name), "input")
 
 
 def output_norm(model: "PreTrainedModel", facts: ModelFacts, layer: int, site: SiteName) -> "nn.Module | None":
     """The norm that what is written at a site passes on its way into the residual stream; None if there is none."""
-    if not facts.post_norm or site == "residual":
-        return None
-    stream, at_attention = STREAMS[facts.architecture.model_type], site in ("heads", "attn")
-    # Without norms of their own, what they write is normed together with the stream.
-    names = (stream.attn_norm or stream.attn_in) if at_attention else (stream.ffn_norm or stream.ffn_in)
-    return block_of(model, facts, layer).get_submodule(names[0])
+    name = facts.output_norm(site)
+    return block_of(model, facts, layer).get_submodule(name) if name else None
 
 
 def weight_of(projection: "nn.Module", *, transposed: bool) -> "Tensor":

@@ -21,7 +21,17 @@ LOGIT_VALUES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Effect:
+class Score:
+    """What a program does to samples, in figures."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What orders scores: the first figure, then the second, the higher the better."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Effect(Score):
     """On pairs: how often the positive side is likelier, and by how many nats on average.
 
     Both compare the summed log-probabilities of the two sides' own tokens; equal sums count as wrong.
@@ -29,6 +39,11 @@ class Effect:
 
     accuracy: float
     margin: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Accuracy, then margin."""
+        return self.accuracy, self.margin
 
 
 def effects(
@@ -46,7 +61,7 @@ def effects(
     packed = list(batches(scored, batch_tokens))
     for batch in track(packed, "Measuring the effect", len(packed)):
         for index, program in enumerate(programs):
-            with _applied(model, program):
+            with applied(model, program):
                 margins = _margins(model, batch)
             correct[index] += int((margins > 0).sum())
             total[index] += float(margins.double().sum())
@@ -77,13 +92,25 @@ def drifts(
     return [total / tokens for total in totals]
 
 
-def _applied(model: "PreTrainedModel", program: Program | None) -> AbstractContextManager[object]:
+def applied(model: "PreTrainedModel", program: Program | None) -> AbstractContextManager[object]:
+    """Within the context, the model runs the program (None: it is as it is)."""
     return nullcontext() if program is None else interpret(model, program)
+
+
+def log_probabilities(model: "PreTrainedModel", predictors: "Tensor", targets: "Tensor") -> "Tensor":
+    """log p of each target token given the final hidden state before it: float32 [positions]."""
+    import torch
+
+    parts: list[Tensor] = []
+    for block in _blocks(model, len(targets)):
+        distribution = logits(model, predictors[block]).log_softmax(-1)
+        parts.append(distribution.gather(-1, targets[block].to(distribution.device)[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 def _states(model: "PreTrainedModel", batch: Sequence[Tokens], program: Program | None) -> "Tensor":
     """Final hidden states of all tokens of a batch, [tokens, width]."""
-    with _applied(model, program):
+    with applied(model, program):
         states, real = run_texts(model, batch)
     return states[real.to(states.device)]
 
@@ -103,22 +130,11 @@ def _margins(model: "PreTrainedModel", batch: Sequence[PairTokens]) -> "Tensor":
     predictors = torch.cat([first[:, None], states[:, :-1]], dim=1)
     scored = sides.own.to(states.device)
     scored[:, 0] &= torch.tensor([bool(pair.prefix) for pair in batch] * 2, device=states.device)
-    found = _log_probabilities(model, predictors[scored], sides.ids.to(states.device)[scored])
+    found = log_probabilities(model, predictors[scored], sides.ids.to(states.device)[scored])
     rows = scored.nonzero()[:, 0].to(found.device)
     sums = torch.zeros(len(scored), device=found.device).index_add_(0, rows, found)
     positive, negative = sums.chunk(2)
     return positive - negative
-
-
-def _log_probabilities(model: "PreTrainedModel", predictors: "Tensor", targets: "Tensor") -> "Tensor":
-    """log p of each target token given the final hidden state before it: float32 [positions]."""
-    import torch
-
-    parts: list[Tensor] = []
-    for block in _blocks(model, len(targets)):
-        distribution = logits(model, predictors[block]).log_softmax(-1)
-        parts.append(distribution.gather(-1, targets[block].to(distribution.device)[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 def _blocks(model: "PreTrainedModel", positions: int) -> Iterator[slice]:

@@ -63,6 +63,14 @@ def read_texts(path: str | Path) -> tuple[str, ...]:
     return tuple(_text(where, _row(where, line)) for where, line in lines)
 
 
+def holds_pairs(path: str | Path) -> bool:
+    """Whether a file of samples starts with a pair. Raises PairsError for one that cannot be read."""
+    first = next(_lines(path), None)
+    if first is None or not first[1].replace(" ", "").startswith('{"'):
+        return False
+    return set(PAIR_KEYS) <= _row(*first).keys()
+
+
 def split_by_prompt(
     pairs: Sequence[Pair], seed: int, fraction: float = 0.2
 ) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:

@@ -54,6 +54,11 @@ def staged(out: Path, needed: int | None = None) -> Generator[Path]:
 def require_place(out: Path) -> None:
     """OutputError if `out` exists, or has nowhere to be."""
     _refuse_existing(out)
+    require_folder(out)
+
+
+def require_folder(out: Path) -> None:
+    """OutputError if the directory that `out` is to be in does not exist."""
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no directory {out.parent}; create it first")
 
@@ -73,8 +78,7 @@ def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """One file, written whole or not at all; an existing one is replaced. Raises OutputError."""
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no directory {path.parent}; create it first")
+    require_folder(path)
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     with _as_output_errors(path, len(data)):
         if path.is_dir():

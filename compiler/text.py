@@ -6,14 +6,14 @@
     layer 2 neurons rank1 strength 0.5 k 1 0 ... v 0 1 ...
     layer 3 ffn gated scale 3:0.5 gate delta 8 b -0.5 w 0.1 0 ...
 
-A gate may go on with `constant NUMBERS`, and a gated edit with `neurons` and its five named lists, row by row;
-`replaces NEURONS` stands before its gate.
-One edit a line, in program order; `#` starts a comment line. Numbers are the shortest that give the float32.
+A gate may go on with `constant NUMBERS` and with `origin` and its five values, and a gated edit with `neurons` and
+its five named lists, row by row; `replaces NEURONS` stands before its gate. One edit a line, in program order; `#`
+starts a comment line. Numbers are the shortest that give the float32.
 """
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from austeer.compiler.program import Program
 
 Parsed = TypeVar("Parsed")
 
+HASHES = ("when", "unless")
 SIZES = ("layers", "residual", "heads", "neurons")
 
 
@@ -91,14 +92,16 @@ def _parse_fields(place: dict[str, Any], kind: str, rest: list[str]) -> dict[str
 
 
 def _parse_gated(place: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    start = words.index("gate")
-    end = words.index("neurons") if "neurons" in words else len(words)
-    numbers = _named(words[start + 1 : end])
-    one = {name: values[0] for name, values in numbers.items() if name in ("delta", "b")}
-    inner, replaces = _split(words[:start], "replaces")
+    rest, last = _split(words, "neurons")
+    rest, origin = _split(rest, "origin")
+    rest, gate = _split(rest, "gate")
+    inner, replaces = _split(rest, "replaces")
+    numbers, neurons = _named(gate), _named(last)
+    one: dict[str, Any] = {name: values[0] for name, values in numbers.items() if name in ("delta", "b")}
+    if origin:
+        one["origin"] = _parse_origin(origin)
     gated = {"kind": Gated.kind, **place, "edit": _parse_fields(place, inner[0], inner[1:])}
     gated["replaces"] = [int(word) for word in replaces]
-    neurons = _named(words[end + 1 :])
     if neurons:
         count, residual = len(neurons["gate_bias"]), len(numbers["w"])
         shapes = {"gate": (count, residual), "up": (count, residual), "down": (residual, count)}
@@ -106,10 +109,15 @@ def _parse_gated(place: dict[str, Any], words: list[str]) -> dict[str, Any]:
     return {**gated, "gate": {**numbers, **one}}
 
 
-def _split(words: list[str], at: str) -> tuple[list[str], list[str]]:
-    """What comes before a word, and what after it; all is before a word that is not there."""
-    place = words.index(at) if at in words else len(words)
+def _split(words: list[str], name: str) -> tuple[list[str], list[str]]:
+    """What stands before a word, and what after its first occurrence."""
+    place = words.index(name) if name in words else len(words)
     return words[:place], words[place + 1 :]
+
+
+def _parse_origin(words: list[str]) -> dict[str, Any]:
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    return {name: value if name in HASHES else float(value) for name, value in pairs.items()}
 
 
 def _named(words: list[str]) -> dict[str, list[float]]:
@@ -168,6 +176,9 @@ def _render_gated(gated: Gated) -> str:
     words += ["replaces", *map(str, gated.replaces)] if gated.replaces else []
     words += ["gate delta", _number(gate.delta), "b", _number(gate.b), "w", _numbers(gate.w)]
     words += ["constant", _numbers(gate.constant)] if len(gate.constant) else []
+    if gate.origin:
+        values = asdict(gate.origin).items()
+        words += ["origin", *(f"{name} {_number(value) if name not in HASHES else value}" for name, value in values)]
     for part in fields(neurons) if neurons else ():
         words += ["neurons"] if part.name == "gate" else []
         words += [part.name, _numbers(getattr(neurons, part.name).flat)]

@@ -23,7 +23,7 @@ def main() -> None:
         assert found is not None
         for trial in found.table:
             accuracy = f"{trial.effect.accuracy:.3f}" if trial.effect else "beyond the limit"
-            print(f"k {trial.k}  alpha {trial.alpha:.3f}  drift {trial.drift:.4f}  accuracy {accuracy}")
+            print(f"k {trial.point['k']}  alpha {trial.alpha:.3f}  drift {trial.drift:.4f}  accuracy {accuracy}")
         print(f"base {found.base.accuracy:.3f}; chosen: k {report.choice.k}, alpha {report.choice.alpha:.3f}")
         print("verified:", verify(out, base=str(MODEL), texts=MODEL / "neutral.txt", settings=settings).passed)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
+from austeer.compiler.gates import Gated
 from austeer.compiler.patch import Patch
 from austeer.compiler.program import Program
 from austeer.compiler.target import Target
@@ -26,12 +27,22 @@ Approximation: TypeAlias = Rescaling | LinearNeurons
 
 
 def approximations(program: Program, facts: ModelFacts, target: Target) -> list[Approximation]:
-    """All that differ for this program, those that are not legal too. Refused if none is legal."""
+    """All that differ for this program, those that are not legal too. Refused if none is legal, or beside gates."""
+    _refuse_gates(program)
     found: list[Approximation] = [*rescalings(program, facts), linear_neurons(program, facts, target)]
     if all(choice.refusal for choice in found):
         reasons = (f"  {choice.name}: {choice.refusal}" for choice in found)
         raise Refused("\n".join(["no approximation of this program is legal:", *reasons, WAY_OUT]))
     return found
+
+
+def _refuse_gates(program: Program) -> None:
+    gated = next((edit for edit in program.edits if isinstance(edit, Gated)), None)
+    if gated is not None:
+        raise Refused(
+            f"{gated.where}: the approximations of a scale at site residual change what the gate reads, or how wide "
+            "the FFN is, and are not made beside one. Compile one without the other, or use --form model-code"
+        )
 
 
 def approximation_named(name: str, program: Program, facts: ModelFacts, target: Target) -> Approximation:

@@ -7,8 +7,11 @@ import numpy as np
 
 from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.errors import UsageError
+from austeer.compiler.gates import Gated
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SPACE, SiteName
+
+KEPT = (Rank1, Gated)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a merged edit that is not finite is refused as any other
@@ -16,7 +19,8 @@ def compose(programs: Sequence[Program]) -> tuple[Program, tuple[str, ...]]:
     """One program with the edits of all, in the order given, and notes on what was merged.
 
     Where several programs edit one site, its scales multiply and its shifts pass through the scales that
-    follow them: one Scale, then one Shift. As in any program, different sites apply in data-flow order.
+    follow them: one Scale, then one Shift. Rank1 and gated edits stay as they are. As in any program, different
+    sites apply in data-flow order.
     Raises ProgramError if the programs are for different models.
     """
     if not programs:
@@ -27,7 +31,7 @@ def compose(programs: Sequence[Program]) -> tuple[Program, tuple[str, ...]]:
     edits = [edit for program in programs for edit in program.edits]
     shared = _shared_places(programs)
     merged = [edit for layer, site in shared for edit in _merged(edits, layer, site, first.model.width(SPACE[site]))]
-    kept = [edit for edit in edits if isinstance(edit, Rank1) or (edit.layer, edit.site) not in shared]
+    kept = [edit for edit in edits if isinstance(edit, KEPT) or (edit.layer, edit.site) not in shared]
     notes = (f"layer {layer}, site {site}: edited by several programs; the factors multiply" for layer, site in shared)
     provenance = "; ".join(dict.fromkeys(program.provenance for program in programs if program.provenance))
     return Program(first.model, (*kept, *merged), provenance), tuple(notes)
@@ -39,7 +43,7 @@ def _shared_places(programs: Sequence[Program]) -> list[tuple[int, SiteName]]:
 
 
 def _scaled_or_shifted(program: Program) -> set[tuple[int, SiteName]]:
-    return {(edit.layer, edit.site) for edit in program.edits if not isinstance(edit, Rank1)}
+    return {(edit.layer, edit.site) for edit in program.edits if not isinstance(edit, KEPT)}
 
 
 def _merged(edits: Sequence[Edit], layer: int, site: SiteName, width: int) -> Iterator[Edit]:

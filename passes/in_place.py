@@ -4,6 +4,7 @@ from austeer.compiler.edits import Edit, Scale, Shift
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
+from austeer.compiler.gates import Gated
 from austeer.compiler.program import Program
 
 
@@ -23,6 +24,11 @@ def require_in_place(program: Program, facts: ModelFacts) -> ModelForm:
 
 def _refusal(edit: Edit, facts: ModelFacts) -> str | None:
     """Why this edit cannot be folded exactly into this model, with the way out; None if it can."""
+    if isinstance(edit, Gated):
+        return (
+            "a gate is new neurons, which make the FFN wider; compile the model that this was made of, "
+            "with --form gguf for a GGUF"
+        )
     if edit.site == "neurons" and facts.has_experts(edit.layer):
         return "the layer is a mixture of experts, so a neuron has no one place; use site ffn"
     if isinstance(edit, Scale) and edit.site == "residual":

@@ -15,10 +15,10 @@ from austeer.compiler.program import Program
 from austeer.compiler.reexpress import carriers, reexpression
 from austeer.compiler.target import Target, of_any_width
 from austeer.passes.gate_neurons import most_neurons, named_neurons, replaced
-from austeer.passes.lowerings import Lowering, lowerings, unkept, why_not
+from austeer.passes.lowerings import Lowering, biasless, lowerings, unkept, why_not
 
 WAY_OUT = (
-    "Use Scale at heads, attn, neurons or ffn, or Rank1; another --target; "
+    "Use Scale at heads, attn, neurons or ffn, or Rank1, without a gate; another --target; "
     "or --form model-code, which carries every edit"
 )
 
@@ -26,8 +26,9 @@ WAY_OUT = (
 def legalize(program: Program, facts: ModelFacts, target: Target) -> ModelForm:
     """The form with the fewest inserted layers in which the target honours every edit of the program.
 
-    All lowerings used are exact. Raises Refused, naming each edit that has none, with the reason and the way
-    out, and ProgramError if the program was made for a model of another geometry.
+    All lowerings used are exact, but for gates with fitted neurons, or with a constant direction for a bias. Raises
+    Refused, naming each edit that has none, with the reason and the way out, and ProgramError if the program was made
+    for a model of another geometry.
     """
     program.require_fit(facts.geometry)
     lost = replaced(program.edits)
@@ -126,8 +127,8 @@ def _choose(edits: Sequence[Edit], carrier: str, facts: ModelFacts, target: Targ
 
 def _why_not(edit: Edit, carrier: str, facts: ModelFacts, target: Target) -> str:
     if isinstance(edit, Gated):
-        bias = why_not(Shift, "ffn", carrier, target, post_norm=facts.post_norm)
-        return f"{bias}; and the gate has no constant direction to do without, which `steer --adaptive` fits"
+        why = biasless(carrier, target)
+        return f"{why}; and the gate has no constant direction to do without, which `steer --adaptive` fits"
     return why_not(type(edit), edit.site, carrier, target, post_norm=facts.post_norm)
 
 
@@ -143,12 +144,15 @@ def _lowerings(edit: Edit, facts: ModelFacts, target: Target) -> list[Lowering]:
 
 def refusal(edit: Edit, facts: ModelFacts, target: Target) -> str | None:
     """Why this edit has no lowering at all, in any architecture the model could be written as."""
-    if edit.site == "neurons" and facts.has_experts(edit.layer):
+    gated = isinstance(edit, Gated)
+    if edit.site == "neurons" and facts.has_experts(edit.layer) and not gated:
         return "the layer is a mixture of experts, so a neuron has no one place; use site ffn"
-    if isinstance(edit, Gated) and not isinstance(edit.edit, Shift) and edit.neurons is None:
-        return "no neurons are fitted to it, and no weight does it exactly; `steer --adaptive` fits them"
     found = lowerings(type(edit), edit.site, facts.architecture.model_type, target, post_norm=facts.post_norm)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if gated and not isinstance(edit.edit, Shift) and edit.neurons is None:
+        return "no neurons are fitted to it, and no weight does it exactly; `steer --adaptive` fits them"
+    return None
 
 
 def _hindrance(lowering: Lowering, edits: Sequence[Edit], facts: ModelFacts) -> str:

@@ -1,7 +1,7 @@
 """AUSteer localization (arXiv 2602.04428): which units tell the two sides of contrastive pairs apart."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,11 @@ class Scores:
     def size(self) -> int:
         """The number of units of all layers."""
         return self.beta.size
+
+    def within(self, layers: Collection[int]) -> "Scores":
+        """The scores of these layers alone."""
+        rows = [row for row, layer in enumerate(self.layers) if layer in layers]
+        return replace(self, layers=tuple(self.layers[row] for row in rows), beta=self.beta[rows])
 
     def select(self, k: int, alpha: float, model: Geometry) -> Program:
         """The k units with the largest |β| of all layers (ties: lower layer, then lower unit), scaled by γ = α·β.

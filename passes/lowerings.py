@@ -59,6 +59,8 @@ def lowerings(
     ]
     if not found:
         return why_not(kind, site, architecture, target, post_norm=post_norm)
+    if kind is Gated:
+        return sorted(found, key=lambda lowering: lowering.route is None)
     return sorted(found, key=lambda lowering: lowering.route in ("split-layer", "constant-layer"))
 
 
@@ -165,7 +167,21 @@ def why_not(kind: type[Edit], site: str, architecture: str, target: Target, *, p
         return NORMED
     at_attention = site in ("heads", "attn")
     linear, treatment = (entry.attn_out, row.attn) if at_attention else (entry.ffn_out, row.ffn)
-    why = WHY.get(treatment, UNANNOUNCED)
-    reason = why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)
+    reason = _lost(linear, treatment, architecture, target)
     could_insert = not row.layers and entry.values is not None and entry.values.bias is not False and row.qkv in KEEPS
     return f"{reason}, and nobody has seen it run one with an inserted layer" if could_insert else reason
+
+
+def biasless(architecture: str, target: Target) -> str:
+    """Why a target keeps no bias of the FFN in an architecture; empty if it keeps it."""
+    if target.members:
+        return next(filter(None, (biasless(architecture, member) for member in target.members)), "")
+    row, linear = target.row(architecture), ARCHITECTURES[architecture].ffn_out
+    if isinstance(row, str):
+        return row
+    return "" if _keeps(linear, row.ffn) else _lost(linear, row.ffn, architecture, target)
+
+
+def _lost(linear: Linear, treatment: Treatment, architecture: str, target: Target) -> str:
+    why = WHY.get(treatment, UNANNOUNCED)
+    return why.format(target=target, name=f"{linear.name}.bias", architecture=architecture)

@@ -1,34 +1,47 @@
-"""The choice of k and α: the best accuracy on held-out pairs within a limit of drift."""
+"""The choice of a program: in a space of them, the best effect on held-out samples within a limit of drift."""
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from austeer.compiler.errors import UsageError
 from austeer.compiler.facts import Geometry
-from austeer.compiler.live import live_facts
-from austeer.compiler.measure import Effect, drifts, effects
+from austeer.compiler.measure import Score, drifts
 from austeer.compiler.program import Program
-from austeer.compiler.tokens import PairTokens, Tokens
+from austeer.compiler.tokens import Tokens
+from austeer.passes.reach import Trial, at, reach
+from austeer.passes.study import Dimension, Point, Range, Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_UNITS = 256
-START = 1.0  # the first α: each unit about doubled
-ROUNDS = 6  # drift measurements per k, at most
-CLOSE = 0.8  # with this part of the limit used up, α is as strong as need be
-LEAP = 32.0  # the most that α changes from one measurement to the next, as a factor
-TINY_DRIFT = 1e-12  # for logarithms; far below float32 noise
+AIM = "aim"  # the dimension that stands for α: the part of the limit that the drift is to use up
+AIMS = Range(0.1, 0.95, log=False)
+
+Judge: TypeAlias = Callable[[Sequence[Program | None]], Sequence[Score]]
+"""Measures the effect of programs (None: the model as it is) on samples that none of them was fitted to."""
 
 
-class Ranking(Protocol):
-    """What a find pass knows of a model: its components (units, heads, neurons) by how much they matter."""
+class Space(Protocol):
+    """What a search chooses from: points, each of them a program of any strength α."""
 
     @property
-    def size(self) -> int:
-        """The number of components."""
+    def model(self) -> Geometry:
+        """The model that the programs are for."""
+        ...
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """The choices there are."""
+        ...
+
+    @property
+    def starts(self) -> Sequence[Point]:
+        """The points to try first, each as strongly as the limit allows."""
         ...
 
     @property
@@ -36,133 +49,129 @@ class Ranking(Protocol):
         """What the user should know, one sentence each."""
         ...
 
-    def select(self, k: int, alpha: float, model: Geometry) -> Program:
-        """The program that edits the first k components with strength α."""
+    def program(self, point: Point, alpha: float) -> Program:
+        """The program of a point with strength α."""
+        ...
+
+    def size(self, point: Point) -> int:
+        """How many components it edits: among equals the smallest wins."""
         ...
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One (k, α): its drift on neutral text and, where that is within the limit, its effect on held-out pairs."""
-
-    k: int
-    alpha: float
-    drift: float
-    effect: Effect | None = None
-
-
-@dataclass(frozen=True)
 class Search:
-    """The trials in order of k and α, the base's effect, and the winner: None where none beats the base's accuracy.
+    """The trials in order of point and α, the base's effect, and the winner: None where none beats the base.
 
     A trial that drives the model to infinity is left out.
     """
 
     table: tuple[Trial, ...]
-    base: Effect
+    base: Score
     best: Trial | None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How to search: the limit in nats per token of neutral text, α where it is given, and the number of trials.
+
+    `file` keeps the study, with which a later search goes on; `identity` says, part by part, what it is a study of.
+    Raises UsageError for a limit that is not positive, or no trials.
+    """
+
+    max_drift: float
+    alpha: float | None = None
+    trials: int = 24
+    seed: int = 0
+    file: Path | None = None
+    identity: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        if not self.max_drift > 0:
+            raise UsageError(f"the drift limit must be a positive number of nats per token, got {self.max_drift}")
+        if self.trials < 1:
+            raise UsageError(f"a search needs at least one trial, got {self.trials}")
 
 
 def search(
     model: "PreTrainedModel",
-    ranking: Ranking,
-    held_out: Sequence[PairTokens],
+    space: Space,
+    judge: Judge,
     neutral: Sequence[Tokens],
+    terms: Terms,
     *,
-    max_drift: float,
-    top_k: int | None = None,
-    alpha: float | None = None,
     batch_tokens: int,
 ) -> Search:
-    """Tries k = 1, 2, 4, ... (or `top_k`), each up to the strongest α (or at `alpha`) within `max_drift`.
+    """Tries the starts of the space, then what TPE makes of them; the trials of a round are measured together.
 
-    The winner has the best accuracy on `held_out` pairs, which `ranking` must not have seen; among equals the
-    largest margin. `max_drift` is in nats per token of `neutral`. Raises UsageError unless it is positive.
+    α is no dimension of the study: a point comes with the drift that it aims at, and α follows from the drifts
+    measured so far. The winner is the trial within the limit with the best effect (its first figure, then its
+    second), then the fewest components. Raises InputError for a `file` that is not the study of this search.
     """
-    if not max_drift > 0:
-        raise UsageError(f"the drift limit must be a positive number of nats per token, got {max_drift}")
-    geometry = live_facts(model).geometry
 
-    def programs(trials: Sequence[Trial]) -> list[Program]:
-        return [ranking.select(trial.k, trial.alpha, geometry) for trial in trials]
+    def drift(trials: Sequence[Trial]) -> list[Trial]:
+        found = drifts(model, neutral, [space.program(t.point, t.alpha) for t in trials], batch_tokens)
+        return [replace(t, drift=math.inf if math.isnan(d) else d) for t, d in zip(trials, found, strict=True)]
 
-    def measured(trials: Sequence[Trial]) -> list[Trial]:
-        found = drifts(model, neutral, programs(trials), batch_tokens)
-        return [
-            Trial(t.k, t.alpha, math.inf if math.isnan(drift) else drift)
-            for t, drift in zip(trials, found, strict=True)
-        ]
-
-    counts = [top_k] if top_k is not None else _powers_of_two(min(MOST_UNITS, ranking.size))
-    tried = climb(measured, counts, alpha, max_drift)
-    within = [trial for trial in tried if trial.drift <= max_drift]
-    base, *found = effects(model, held_out, [None, *programs(within)], batch_tokens)
-    candidates = [Trial(t.k, t.alpha, t.drift, effect) for t, effect in zip(within, found, strict=True)]
-    beyond = (trial for trial in tried if max_drift < trial.drift < math.inf)
-    table = sorted([*candidates, *beyond], key=lambda trial: (trial.k, trial.alpha))
-    return Search(tuple(table), base, best_of(candidates, base))
+    study = _study(space, neutral, terms)
+    (base,) = judge([None])
+    while asked := study.ask(terms.trials):
+        known = [_trial(record, base) for record in study.settled]
+        points = [{name: point[name] for name in space.dimensions} for point in asked]
+        if terms.alpha is not None:
+            found = at(terms.alpha, points, known, drift)
+        else:
+            found = reach([(p, a[AIM] * terms.max_drift) for p, a in zip(points, asked, strict=True)], known, drift)
+        for point, trial in zip(asked, _judged(found, space, judge, terms.max_drift), strict=True):
+            study.tell(point, _value(trial, terms.max_drift), asdict(trial))
+    return _summary([_trial(record, base) for record in study.records], base, space)
 
 
-def climb(
-    measured: Callable[[Sequence[Trial]], list[Trial]], counts: Sequence[int], alpha: float | None, limit: float
-) -> list[Trial]:
-    """For each k, trials up to an α whose drift is just within `limit`, and one at half of it.
-
-    All k of a round are measured together. With `alpha` given, that one only. `measured` fills in the drift of trials.
-    """
-    tried: list[Trial] = []
-    wanted = [Trial(k, START if alpha is None else alpha, 0.0) for k in counts]
-    for _ in range(ROUNDS if alpha is None else 1):
-        tried += measured(wanted)
-        strengths = ((k, next_alpha([trial for trial in tried if trial.k == k], limit)) for k in counts)
-        wanted = [Trial(k, strength, 0.0) for k, strength in strengths if strength is not None]
-        if not wanted:
-            break
-    if alpha is not None:
-        return tried
-    strongest = {t.k: t.alpha for t in sorted(tried, key=lambda t: t.alpha) if t.drift <= limit}
-    halves = [Trial(k, strength / 2, 0.0) for k, strength in strongest.items()]  # on some models less is more
-    return tried + (measured(halves) if halves else [])
+def best_of(trials: Sequence[Trial], base: Score, space: Space) -> Trial | None:
+    """The trial with the best effect, then the fewest components; None if none beats the base's first figure."""
+    ranked = [(t.effect.rank, -space.size(t.point), t) for t in trials if t.effect]
+    best = max(ranked, key=lambda entry: entry[:2], default=None)
+    return best[2] if best and best[0][0] > base.rank[0] else None
 
 
-def next_alpha(tried: Sequence[Trial], limit: float) -> float | None:
-    """Where to look next for the strongest α within `limit`, given the trials of one k; None once close enough.
-
-    log drift is taken as linear in log α: between two trials that enclose the limit, or else beyond the nearest
-    two, or, after a single one, with slope 2, as for small changes.
-    """
-    within = sorted((t for t in tried if t.drift <= limit), key=lambda t: -t.alpha)
-    beyond = sorted((t for t in tried if not t.drift <= limit), key=lambda t: t.alpha)
-    target = math.log((1 + CLOSE) / 2 * limit)
-    if within and within[0].drift >= CLOSE * limit:
-        return None
-    if within and beyond and within[0].alpha < beyond[0].alpha:
-        low, high = _log_drift(within[0]), _log_drift(beyond[0])
-        part = min(max((target - low) / (high - low), 0.1), 0.9)
-        return within[0].alpha * (beyond[0].alpha / within[0].alpha) ** part
-    nearest, *others = beyond or within
-    leap = (target - _log_drift(nearest)) / _slope(nearest, others)
-    return nearest.alpha * math.exp(min(max(leap, -math.log(LEAP)), math.log(LEAP)))
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _slope(nearest: Trial, others: Sequence[Trial]) -> float:
-    """d log drift / d log α, kept between 1/2 and 4."""
-    if not others:
-        return 2.0
-    rise = _log_drift(nearest) - _log_drift(others[0])
-    return min(max(rise / math.log(nearest.alpha / others[0].alpha), 0.5), 4.0)
+def _study(space: Space, neutral: Sequence[Tokens], terms: Terms) -> Study:
+    dimensions = {**space.dimensions, **({} if terms.alpha is not None else {AIM: AIMS})}
+    starts = [{AIM: AIMS.high, **point} if AIM in dimensions else point for point in space.starts]
+    goal = [list(map(str, space.dimensions.items())), terms.max_drift, terms.alpha]
+    identity = {**terms.identity, "neutral text": digest(neutral), "goal (site, k, α or drift limit)": digest(goal)}
+    return Study(dimensions, starts, seed=terms.seed, file=terms.file, identity=identity)
 
 
-def best_of(candidates: Sequence[Trial], base: Effect) -> Trial | None:
-    """The trial with the best accuracy, then margin, then the fewest units; None if none beats the base."""
-    ranked = [(t.effect.accuracy, t.effect.margin, -t.k, t) for t in candidates if t.effect]
-    best = max(ranked, key=lambda entry: entry[:3], default=None)
-    return best[3] if best and best[0] > base.accuracy else None
+def _judged(trials: Sequence[Trial], space: Space, judge: Judge, limit: float) -> list[Trial]:
+    """The trials, those within the limit with their effects; equal ones are measured once."""
+    wanted = [
+        trial
+        for number, trial in enumerate(trials)
+        if trial.drift <= limit and trial.effect is None and trial not in trials[:number]
+    ]
+    effects = judge([space.program(trial.point, trial.alpha) for trial in wanted]) if wanted else ()
+    found = [(trial, replace(trial, effect=effect)) for trial, effect in zip(wanted, effects, strict=True)]
+    return [next((new for old, new in found if old == trial), trial) for trial in trials]
 
 
-def _log_drift(trial: Trial) -> float:
-    return math.log(min(max(trial.drift, TINY_DRIFT), 1 / TINY_DRIFT))
+def _value(trial: Trial, limit: float) -> float:
+    """One number that orders trials as `rank` does, those beyond the limit below all others by how far they are."""
+    if trial.effect is None:
+        return -min(trial.drift / limit, 1e6)
+    first, second = trial.effect.rank
+    return first + 1e-6 * second / (1 + abs(second))
 
 
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << power for power in range(most.bit_length())]
+def _trial(record: Mapping[str, Any], base: Score) -> Trial:
+    effect = record["effect"] and replace(base, **record["effect"])
+    return Trial(record["point"], record["alpha"], record["drift"], effect)
+
+
+def _summary(trials: Sequence[Trial], base: Score, space: Space) -> Search:
+    finite = [trial for number, trial in enumerate(trials) if trial.drift < math.inf and trial not in trials[:number]]
+    table = sorted(finite, key=lambda trial: (*trial.point.values(), trial.alpha))
+    return Search(tuple(table), base, best_of(table, base, space))

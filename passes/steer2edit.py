@@ -1,7 +1,7 @@
 """Steer2Edit (arXiv 2602.09870): rank-1 edits of the heads and neurons that already write along a steering vector."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,10 @@ class Alignment:
     def size(self) -> int:
         """The number of heads and neurons."""
         return sum(len(block.scores) for block in self.blocks)
+
+    def within(self, layers: Collection[int]) -> "Alignment":
+        """That of these layers alone."""
+        return replace(self, blocks=tuple(block for block in self.blocks if block.layer in layers))
 
     def program(self, rho: float, l1_ratio: float, model: Geometry) -> Program:
         """The edits with elastic-net strengths: one Rank1 for each layer and site that has any."""

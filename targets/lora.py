@@ -14,10 +14,12 @@ import numpy as np
 
 from austeer.compiler.checkpoint import Checkpoint, files_to_copy, is_licence
 from austeer.compiler.errors import CheckpointError, Refused, UsageError
+from austeer.compiler.gates import Gated
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import load_model
 from austeer.compiler.lowrank import LowRank
 from austeer.compiler.patch import Affine, Patch, Touch
+from austeer.compiler.program import Program
 from austeer.compiler.rewrite import Matrix, stored_values
 from austeer.compiler.staging import copy_file, write_file
 from austeer.targets.checkpoint import Writing
@@ -98,6 +100,14 @@ def plan(patch: Patch, layout: Layout, target: str, *, name: str) -> LoraPlan:
         left_out=tuple(sorted(files - {*kept})),
         notes=(f"an adapter of rank {rank}; serve it with {engine.command(rank)}",),
     )
+
+
+def refuse_gates(program: Program) -> None:
+    """Refused, naming all gated edits of a program, if there are any."""
+    gated = [f"  {edit.where}" for edit in program.edits if isinstance(edit, Gated)]
+    if gated:
+        why = "a gate is new neurons, and an adapter changes linear maps that are there"
+        raise Refused("\n".join([f"{why}; {WAY_OUT}:", *gated]))
 
 
 def write(plan: LoraPlan, folder: Path, writing: Writing) -> None:

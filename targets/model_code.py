@@ -5,22 +5,19 @@ The shards of the base are copied as they are; the vectors of the edits lie in a
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from austeer.compiler.checkpoint import CONFIG, INDEX, WEIGHTS, files_to_copy, read_json
-from austeer.compiler.edits import Edit, Floats, Rank1, Scale, Shift
+from austeer.compiler.edits import Floats
 from austeer.compiler.errors import CheckpointError, Refused
-from austeer.compiler.facts import ModelFacts
 from austeer.compiler.layout import Layout
 from austeer.compiler.program import Program
 from austeer.compiler.staging import copy_file, write_file
 from austeer.targets.checkpoint import Writing
+from austeer.targets.code_parts import parts_of
 from austeer.targets.modeling import CODE, code, config_keys, require_own_code
 from austeer.targets.tokenizer_class import TOKENIZER_CONFIG, with_class
 
@@ -65,21 +62,24 @@ class CodePlan:
 
 
 def plan(program: Program, layout: Layout) -> CodePlan:
-    """Places every edit at a module of the model, and its vectors under that module's name.
+    """Places the parts of every edit at modules of the model, and their vectors under the names of those modules.
 
-    Raises ProgramError if the program is for another model, Refused if it has no edits or a layer has no such site.
+    Raises ProgramError if the program is for another model, Refused if it has no edits or a layer has no such site,
+    or, being a mixture of experts, nothing that a gate could read with.
     """
     program.require_fit(layout.facts.geometry)
     if not program.edits:
         raise Refused(f"{layout.checkpoint.path}: a program without edits needs no code; use the model as it is")
     edits, vectors, lowering = list[dict[str, Any]](), dict[str, Floats](), list[dict[str, Any]]()
     for number, edit in enumerate(program.edits):
-        module, place = _place(edit, layout.facts)
-        edits.append({"kind": edit.kind, "layer": edit.layer, "site": edit.site, "module": module, "place": place})
-        for field, vector in _vectors(edit, layout.facts):
-            name = f"{layout.prefix}{module}.austeer.{place}.{number}.{field}"
-            vectors[name] = vector
-            lowering.append({"edit": number, "tensor": name, "slice": [None], "exact": True})
+        parts = parts_of(edit, layout.facts)
+        listed = [part.plain() for part in parts]
+        edits.append({"kind": edit.kind, "layer": edit.layer, "site": edit.site, "parts": listed})
+        for part in parts:
+            for field, vector in part.vectors.items():
+                name = f"{layout.prefix}{part.module}.austeer.{part.place}.{number}.{field}"
+                vectors[name] = vector
+                lowering.append({"edit": number, "tensor": name, "slice": [None], "exact": True})
     for name in vectors.keys() & layout.checkpoint.tensors.keys():
         raise CheckpointError(f"{layout.checkpoint.path}: there is a tensor {name} already; start from the base model")
     kept, left_out = files_to_copy(layout.checkpoint)
@@ -125,35 +125,6 @@ def load(folder: Path, base: Path, *, dtype: str, device: str) -> "PreTrainedMod
 
     require_own_code(folder)
     return load_model(folder, dtype=dtype, device=device, trust_remote_code=True)
-
-
-def _place(edit: Edit, facts: ModelFacts) -> tuple[str, str]:
-    """The module, seen from the decoder, and the place there: "input", "output", or "rank1", from one to the other."""
-    entry, role = facts.architecture, facts.role(edit)
-    block = entry.block.format(layer=edit.layer)
-    if edit.site == "residual":
-        return block.rstrip("."), "output"
-    place = "rank1" if isinstance(edit, Rank1) else "input" if edit.site in ("heads", "neurons") else "output"
-    if role == "attn_out" or entry.experts is None or not facts.has_experts(edit.layer):
-        return block + facts.projection(role).name, place
-    if edit.site == "neurons":
-        raise Refused(f"{edit.where}: the layer is a mixture of experts, so a neuron has no one place; use site ffn")
-    return block + entry.experts.module, place
-
-
-def _vectors(edit: Edit, facts: ModelFacts) -> Iterator[tuple[str, Floats]]:
-    """The float32 vectors of an edit, as wide as their spaces; what the interpreter computes from constants is done."""
-    if isinstance(edit, Scale):
-        factor = np.ones(facts.geometry.width(edit.space), np.float32)
-        factor[list(edit.units)] += edit.gamma
-        yield "factor", factor
-    elif isinstance(edit, Shift):
-        yield "vector", edit.vector
-    elif isinstance(edit, Rank1):
-        yield "k", edit.k
-        yield "v", np.float32(edit.strength) * edit.v
-    else:
-        raise Refused(f"{edit.where}: the form model-code has no code for this kind of edit")
 
 
 def _changed(plan: CodePlan) -> dict[str, dict[str, Any]]:

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_public_names():
     assert sorted(austeer.compiler.__all__) == [
-        "AusteerError", "CheckFailed", "CheckpointError", "Edit", "InputError", "OutputError", "PairsError", "Program",
-        "ProgramError", "Rank1", "Refused", "Scale", "Shift", "SpaceError", "UsageError", "interpret",
+        "AusteerError", "CheckFailed", "CheckpointError", "Edit", "Fitted", "Gate", "Gated", "InputError", "Origin",
+        "OutputError", "PairsError", "Program", "ProgramError", "Rank1", "Refused", "Scale", "Shift", "SpaceError",
+        "UsageError", "interpret",
     ]  # fmt: skip
     assert all(getattr(austeer.compiler, name).__module__ for name in austeer.compiler.__all__)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from austeer.compiler.certificate import Reference, compare, observe, stored_dtype
 from austeer.compiler.edits import Edit
+from austeer.compiler.errors import Refused
+from austeer.compiler.gates import Gated
 from austeer.compiler.live import load_model
 from austeer.compiler.program import Program
 from austeer.compiler.tokens import Tokens
@@ -58,14 +60,37 @@ def compile_for(
 ) -> Compiled:
     """The program compiled exactly or, if there is no such way and that is wanted, by the first legal approximation.
 
-    Raises as Compiled.of does.
+    Raises as Compiled.of does, and Refused where neurons can only come near a gate and that is not wanted.
     """
     exactly = form == "model-code" or not (approximate and are_inexact(program.edits, base))
     if exactly or isinstance(base, GgufBase):
-        return Compiled.of(program, base, target, form)
+        compiled = Compiled.of(program, base, target, form)
+        if not approximate:
+            _require_exact(compiled)
+        return compiled
     choices = approximations(program, base.facts, target_for(target, form))
     first = next(choice for choice in choices if not choice.refusal)
     return Compiled.of(program, base, target, form, first)
+
+
+def _require_exact(compiled: Compiled) -> None:
+    near = sorted({entry["edit"] for entry in compiled.plan.lowering if not entry["exact"]})
+    if near:
+        edits = compiled.program.edits
+        reasons = (f"  {edits[number].where}: {_why_near(edits[number], compiled.target)}" for number in near)
+        count = f"{len(near)} of {len(edits)} edits would only be approximated:"
+        raise Refused("\n".join([count, *reasons, NEAR_ENOUGH]))
+
+
+NEAR_ENOUGH = (
+    "--approximate compiles them all the same, measured and marked; --form model-code carries every edit exactly"
+)
+
+
+def _why_near(edit: Edit, target: str) -> str:
+    if isinstance(edit, Gated) and edit.neurons is not None:
+        return "what it adds is no fixed vector, and its neurons were fitted to that"
+    return f"{target} keeps no bias of the FFN here, and the constant direction of the gate stands for it"
 
 
 def recorded_approximation(manifest: dict[str, Any], program: Program, base: Base | GgufBase) -> Approximation | None:

@@ -16,7 +16,8 @@ from austeer.compiler.verbs.common import FORM, Compiled, Settings, certificate_
 from austeer.passes.compose import compose
 from austeer.targets.checkpoint import NEW_SHARD, Plan
 
-UNMEASURED = "approximate: this is one of the plans; which one is nearest is measured when the checkpoint is written"
+UNCHOSEN = "approximate: this is one of the plans; which one is nearest is measured when the checkpoint is written"
+UNMEASURED = "approximate: how near it comes is measured when it is written"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def build(
 
     With `texts` (a file of texts or pairs) the result is certified on them first, which does load the model.
     With `approximate` a program without an exact lowering is compiled too, by the approximation that is nearest
-    on the texts, or on text sampled from the base; the certificate says so, and has a rule of its own.
+    on the texts, or on text sampled from the base, or with what its gates were fitted with; it is certified in
+    any case, and the certificate says so, and has a rule of its own.
     With `dry_run`, or no `out`, nothing is written. Raises InputError, Refused, OutputError or CheckFailed.
     """
     program, notes = compose([Program.load(path) for path in programs])
@@ -88,13 +90,13 @@ def build(
     notes += base.notes
     inexact = compiled.approximation is not None
     if dry_run or out is None:
-        notes += (UNMEASURED,) if inexact else ()
+        notes += (UNCHOSEN,) if inexact else () if compiled.exact else (UNMEASURED,)
         return BuildReport(None, compiled, None, (*compiled.plan.notes, *notes))
     require_place(Path(out))  # now, not after all is measured
     check, table = None, None
     if isinstance(base, GgufBase) and texts is not None:
         raise UsageError(f"--texts: {base.notes[0]}")
-    if isinstance(base, Base) and (inexact or texts is not None):
+    if isinstance(base, Base) and (texts is not None or inexact or not compiled.exact):
         tokens, cut = measuring_texts(base, texts, settings)
         if inexact:
             compiled, table = choose_approximation(compiled, tokens, settings, Path(out))

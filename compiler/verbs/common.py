@@ -1,7 +1,7 @@
 """What several verbs share: the base model opened, the settings of a run, and writing a compiled checkpoint."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from austeer.compiler.card import read_card, render_card
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.errors import CheckFailed, Refused, UsageError
+from austeer.compiler.gate_card import gates_record
+from austeer.compiler.gate_check import SideCheck
 from austeer.compiler.live import best_device, fits_in_float32, load_model, load_tokenizer
 from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, render, tool_versions
 from austeer.compiler.neutral import sample_neutral
@@ -156,10 +158,12 @@ def write_compiled(
     out: Path,
     *,
     certify: Callable[[Path], Certificate] | None = None,
+    check_sides: Callable[[Path], Mapping[str, SideCheck]] = lambda _: {},
     extra: dict[str, Any] | None = None,
 ) -> Certificate | None:
     """Writes the compiled model at `out`, whole or not at all, and certifies it before it appears.
 
+    `check_sides` measures it where its gates are to open and where not, for card and manifest.
     Raises OutputError if `out` exists or cannot be written, CheckFailed, leaving nothing, if the certificate
     does not hold.
     """
@@ -172,6 +176,7 @@ def write_compiled(
         "form": compiled.form,
         "lowering": plan.lowering,
         "left_out": plan.left_out,
+        **({"gates": gates} if (gates := gates_record(program)) else {}),
         **(extra or {}),
     }
     with staged(out, needed=plan.output_bytes) as folder:
@@ -185,7 +190,9 @@ def write_compiled(
             raise CheckFailed(
                 f"{out}: not written, for its certificate does not hold: {'; '.join(certificate.failures())}"
             )
+        sides = check_sides(folder)
         manifest |= {
+            **({"sides": {name: found.plain() for name, found in sides.items()}} if sides else {}),
             "rounding": writing.rounding,
             "certificate": certificate.plain() if certificate else None,
             "versions": tool_versions(),
@@ -198,6 +205,7 @@ def write_compiled(
             certificate,
             form=compiled.form,
             notes=plan.notes,
+            sides=sides,
         )
         write_file(folder / "README.md", card)
     return certificate

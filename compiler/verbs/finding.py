@@ -1,26 +1,41 @@
 """Finding a program on a live model: rank its components, choose how many and how strongly on held-out prompts."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import CheckFailed, UsageError
-from austeer.compiler.facts import Geometry
+from austeer.compiler.fidelity import fidelities
 from austeer.compiler.forward import longest_text
 from austeer.compiler.live import live_facts, load_model, load_tokenizer
-from austeer.compiler.measure import drifts
+from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import Pair, split_by_prompt
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName
-from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
+from austeer.compiler.tokens import Encoded, PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
+from austeer.compiler.verbs.adaptive import (
+    Adaptive,
+    Contexts,
+    Gating,
+    fit_gating,
+    read_sides,
+    sides_of,
+    with_neurons,
+)  # fmt: skip
 from austeer.compiler.verbs.bases import Base
 from austeer.compiler.verbs.common import Settings, working_dtype
 from austeer.compiler.verbs.methods import METHODS, Method
-from austeer.passes.search import Ranking, Search, search
+from austeer.passes.components import Components
+from austeer.passes.fusion import fusion
+from austeer.passes.in_gates import GATE, InGates
+from austeer.passes.search import Search, Space, Terms, digest, search
 from austeer.passes.steer2edit import Alignment, elastic_net
+from austeer.passes.study import Point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,13 +43,15 @@ if TYPE_CHECKING:
 NEUTRAL_TEXTS, NEUTRAL_TOKENS = 32, 64
 DRIFT_TOKENS = 8192
 CERTIFIED_TOKENS = 4096
+TRIALS, TRIALS_PER_PLACE = 16, 8
 
 
 @dataclass(frozen=True)
 class Goal:
     """What is asked of the edits: where, how many, how strong, and how far the model may drift (nats per token).
 
-    `rho` and `l1_ratio`, Steer2Edit's own terms, decide both how many and how strong.
+    `rho` and `l1_ratio`, Steer2Edit's own terms, decide both how many and how strong. `trials` is the length of the
+    search for what is left open, `study` the file that keeps it. `segments` is Fusion Steering's number of weights.
     """
 
     method: Method
@@ -44,19 +61,36 @@ class Goal:
     max_drift: float
     rho: float | None = None
     l1_ratio: float | None = None
+    trials: int | None = None
+    study: Path | None = None
+    segments: int | None = None
+    adaptive: Adaptive | None = None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to choose, so that no pair has to be held out."""
-        return self.rho is not None or (self.top_k is not None and self.alpha is not None)
+        counted = self.top_k is not None if self.method.rank else self.segments in (None, 1)
+        return self.rho is not None or (counted and self.alpha is not None and len(self.places) == 1)
+
+    @property
+    def places(self) -> Mapping[str, tuple[SiteName, ...]]:
+        """What there is to choose from, by name: each site, or all of them where they are edited together."""
+        apart: list[tuple[SiteName, ...]] = [(site,) for site in self.sites]
+        groups = [self.sites] if self.method.together else apart
+        return {" and ".join(group): group for group in groups}
 
     @property
     def place(self) -> str:
         """The sites, for messages."""
-        return " and ".join(self.sites)
+        return " or ".join(self.places)
 
     def __post_init__(self) -> None:
         _require_penalty(self)
+        _require_segments(self)
+        if self.complete and (self.trials or self.study):
+            raise UsageError("--trials and --study belong to a search, and nothing is left to search for")
+        if self.trials is not None and self.trials < 1:
+            raise UsageError(f"--trials must be at least 1, got {self.trials}")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"--top-k must be at least 1, got {self.top_k}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):
@@ -79,13 +113,21 @@ def _require_penalty(goal: Goal) -> None:
     elastic_net((), goal.rho, goal.l1_ratio)  # refuses what has no closed form
 
 
+def _require_segments(goal: Goal) -> None:
+    if goal.segments is not None and goal.method.rank:
+        raise UsageError("--segments belongs to --method fusion")
+    if goal.top_k is not None and not goal.method.rank:
+        raise UsageError("--top-k has no meaning for --method fusion, which edits every layer; see --segments")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """How many components, how strongly, the drift that this costs, and the search that chose them.
+    """Where and how many components, how strongly, the drift that this costs, and the search that chose them.
 
     For Steer2Edit also the elastic net that says the same.
     """
 
+    site: str
     k: int
     alpha: float
     drift: float
@@ -104,6 +146,7 @@ class Finding:
     held_out: int
     texts: list[Tokens]
     notes: tuple[str, ...]
+    gating: Gating | None = None
 
 
 def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str] | None, settings: Settings) -> Finding:
@@ -117,62 +160,129 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
     fit, held = (samples, ()) if goal.complete else split_by_prompt(samples, settings.seed)
     fitted, held_out = (encode_pairs(tokenizer, side, length, settings.chat) for side in (fit, held))
     plain, cut = _neutral_tokens(model, tokenizer, neutral, length, settings.seed)
-    ranking = goal.method.rank(model, fitted.pairs, goal.sites, settings.batch_tokens)
-    program, choice = _choose(model, ranking, held_out.pairs, plain, goal, settings.batch_tokens)
-    texts = take_tokens(_interleaved([pair.prefix + pair.positive for pair in held_out.pairs], plain), CERTIFIED_TOKENS)
+    gating = None
+    if goal.adaptive:
+        sides = read_sides(tokenizer, goal.adaptive, length, settings.chat) or sides_of(fit, fitted.pairs)
+        gating = _gating(model, sides, fitted.pairs, goal.adaptive, settings)
+    space = _space(model, fitted.pairs, goal, gating, settings.batch_tokens)
+    identity = {"model": digest(base.describe()), "pairs": digest(_ids(fitted, held_out)), **_identity(gating)}
+    terms = _terms(goal, settings.seed, identity)
+    program, choice = _choose(model, space, held_out.pairs, plain, goal, terms, settings.batch_tokens)
+    if gating and goal.adaptive and goal.adaptive.in_weights:
+        program, gating = with_neurons(model, program, gating, goal.adaptive, plain, settings.seed)
+    texts = take_tokens(_interleaved(*_unseen(held_out.pairs, gating), plain), CERTIFIED_TOKENS)
     notes = (
         *_chat_notice(tokenizer, settings),
         *fitted.notes,
         *held_out.notes,
-        *ranking.notes,
+        *space.notes,
         *cut,
+        *(gating.notes if gating else ()),
         *_doubts(choice, goal, len(held_out.pairs)),
     )
-    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes)
+    return Finding(program, choice, len(fitted.pairs), len(held_out.pairs), texts, notes, gating)
+
+
+def _gating(
+    model: "PreTrainedModel",
+    sides: Mapping[str, Contexts],
+    used: Sequence[PairTokens],
+    asked: Adaptive,
+    settings: Settings,
+) -> Gating:
+    seed, batch_tokens = settings.seed, settings.batch_tokens
+    return fit_gating(model, sides, used, in_weights=asked.in_weights, seed=seed, batch_tokens=batch_tokens)
+
+
+def _identity(gating: Gating | None) -> dict[str, str]:
+    return {f"{name} texts": sha256 for name, sha256 in gating.sha256.items()} if gating else {}
+
+
+def _unseen(pairs: Sequence[PairTokens], gating: Gating | None) -> list[Sequence[Tokens]]:
+    """Texts that nothing was fitted to."""
+    sides = gating.sides.values() if gating else ()
+    return [[pair.prefix + pair.positive for pair in pairs], *(side.texts for side in sides)]
+
+
+def _space(
+    model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, gating: Gating | None, batch_tokens: int
+) -> Space:
+    space = _plain_space(model, pairs, goal, gating, batch_tokens)
+    if gating is None:
+        return space
+    return InGates(space, dict(list(gating.variants.items())[: 1 if goal.complete else None]))
+
+
+def _plain_space(
+    model: "PreTrainedModel", pairs: Sequence[PairTokens], goal: Goal, gating: Gating | None, batch_tokens: int
+) -> Space:
+    rank = goal.method.rank
+    if rank is None:
+        return fusion(model, pairs, goal.segments or 1, batch_tokens=batch_tokens)
+    rankings = {name: rank(model, pairs, sites, batch_tokens) for name, sites in goal.places.items()}
+    if gating is not None:
+        rankings = {name: ranking.within(gating.gates) for name, ranking in rankings.items()}
+    return Components(rankings, live_facts(model).geometry, goal.top_k)
+
+
+def _terms(goal: Goal, seed: int, identity: Mapping[str, str]) -> Terms:
+    trials = goal.trials or TRIALS + TRIALS_PER_PLACE * len(goal.places)
+    return Terms(goal.max_drift, goal.alpha, trials, seed, goal.study, {"method": goal.method.name, **identity})
 
 
 def _choose(
     model: "PreTrainedModel",
-    ranking: Ranking,
+    space: Space,
     held_out: Sequence[PairTokens],
     plain: Sequence[Tokens],
     goal: Goal,
+    terms: Terms,
     batch_tokens: int,
 ) -> tuple[Program, Choice]:
     """What the user gave, with its drift, or the winner of a search; CheckFailed where nothing helps."""
-    geometry = live_facts(model).geometry
     if goal.complete:
-        program, k, alpha = _given(ranking, goal, geometry)
-        choice = Choice(k, alpha, drifts(model, plain, [program], batch_tokens)[0])
+        program, point, alpha = _given(space, goal)
+        (drift,) = drifts(model, plain, [program], batch_tokens)
+        choice = Choice(point.get("site", goal.place), space.size(point), alpha, drift)
     else:
-        found = search(
-            model, ranking, held_out, plain,
-            max_drift=goal.max_drift, top_k=goal.top_k, alpha=goal.alpha, batch_tokens=batch_tokens,
-        )  # fmt: skip
+        judge = partial(effects if goal.method.rank else fidelities, model, held_out, batch_tokens=batch_tokens)
+        found = search(model, space, judge, plain, terms, batch_tokens=batch_tokens)
         if found.best is None:
             raise CheckFailed(_no_help(found, goal))
-        choice = Choice(found.best.k, found.best.alpha, found.best.drift, found)
-        program = ranking.select(choice.k, choice.alpha, geometry)
-    return program, _with_penalty(choice, ranking, goal)
+        point, alpha = found.best.point, found.best.alpha
+        choice = Choice(point.get("site", goal.place), space.size(point), alpha, found.best.drift, found)
+        program = space.program(point, alpha)
+    return program, _with_penalty(choice, space, goal)
 
 
-def _given(ranking: Ranking, goal: Goal, geometry: Geometry) -> tuple[Program, int, float]:
-    """The program of a complete goal, how many components it edits, and how strongly."""
-    if isinstance(ranking, Alignment) and goal.rho is not None and goal.l1_ratio is not None:
-        k, alpha = ranking.choice(goal.rho, goal.l1_ratio)
+def _given(space: Space, goal: Goal) -> tuple[Program, Point, float]:
+    """The program of a complete goal, its point of the space, and how strong it is."""
+    point, alignment = space.starts[0], _alignment(space)
+    if alignment and goal.rho is not None and goal.l1_ratio is not None:
+        k, alpha = alignment.choice(goal.rho, goal.l1_ratio)
         if k == 0:
             raise CheckFailed("the elastic net leaves no head or neuron to edit: use a smaller --rho or --l1-ratio")
-        return ranking.program(goal.rho, goal.l1_ratio, geometry), k, alpha
-    assert goal.top_k is not None
+        program = alignment.program(goal.rho, goal.l1_ratio, space.model)
+        if isinstance(space, InGates):
+            program = space.gates[point[GATE]](program)
+        return program, {**point, "k": k}, alpha
     assert goal.alpha is not None
-    return ranking.select(goal.top_k, goal.alpha, geometry), goal.top_k, goal.alpha
+    return space.program(point, goal.alpha), point, goal.alpha
 
 
-def _with_penalty(choice: Choice, ranking: Ranking, goal: Goal) -> Choice:
-    if not isinstance(ranking, Alignment):
+def _alignment(space: Space) -> Alignment | None:
+    """What Steer2Edit ranks by."""
+    space = space.inner if isinstance(space, InGates) else space
+    rankings = space.rankings.values() if isinstance(space, Components) else ()
+    return next((ranking for ranking in rankings if isinstance(ranking, Alignment)), None)
+
+
+def _with_penalty(choice: Choice, space: Space, goal: Goal) -> Choice:
+    alignment = _alignment(space)
+    if alignment is None:
         return choice
     given = goal.rho, goal.l1_ratio
-    rho, l1_ratio = ranking.penalty(choice.k, choice.alpha) if goal.rho is None else given
+    rho, l1_ratio = alignment.penalty(choice.k, choice.alpha) if goal.rho is None else given
     return replace(choice, rho=rho, l1_ratio=l1_ratio)
 
 
@@ -182,8 +292,9 @@ def _doubts(choice: Choice, goal: Goal, pairs: int) -> tuple[str, ...]:
     if choice.drift > goal.max_drift:
         doubts.append(f"the drift, {choice.drift:.3f} nats per token, is beyond --max-drift {goal.max_drift}")
     best = choice.search.best if choice.search else None
-    if choice.search and best and best.effect:
-        before, after = choice.search.base.accuracy, best.effect.accuracy
+    base = choice.search.base if choice.search else None
+    if isinstance(base, Effect) and best and isinstance(best.effect, Effect):
+        before, after = base.accuracy, best.effect.accuracy
         if after - before <= 2 * math.sqrt(before * (1 - before) / pairs):
             gain = f"the gain in accuracy, {before:.3f} to {after:.3f} on {pairs} held-out pairs, is small enough to be"
             doubts.append(f"{gain} luck; measure the effect on other pairs, or give more")
@@ -214,15 +325,19 @@ def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tu
     return ()
 
 
-def _interleaved(first: Sequence[Tokens], second: Sequence[Tokens]) -> list[Tokens]:
-    """Alternately one of each, so that a budget takes some of both."""
-    return [text for both in zip_longest(first, second) for text in both if text is not None]
+def _interleaved(*sources: Sequence[Tokens]) -> list[Tokens]:
+    """One of each in turn, so that a budget takes some of all."""
+    return [text for row in zip_longest(*sources) for text in row if text is not None]
+
+
+def _ids(*encoded: Encoded) -> list[list[tuple[Tokens, Tokens, Tokens]]]:
+    return [[(pair.prefix, pair.positive, pair.negative) for pair in part.pairs] for part in encoded]
 
 
 def _no_help(found: Search, goal: Goal) -> str:
-    tried = ", ".join(sorted({str(trial.k) for trial in found.table}, key=int))
+    figure, value = next(iter(asdict(found.base).items()))
     return (
         f"steering at site {goal.place} does not help within a drift of {goal.max_drift} nats per token: none of "
-        f"{len(found.table)} trials (k of {tried}) beats the base's held-out accuracy of {found.base.accuracy:.3f}. "
+        f"{len(found.table)} trials beats the base's held-out {figure} of {value:.3f}. "
         "Nothing was written. Try another --site, a larger --max-drift, or more pairs"
     )

@@ -155,6 +155,7 @@ def _pieces(count: int) -> Iterator[int]:
 
 def _plan_lora(program: Program, layout: Layout, target: Target, name: str) -> LoraPlan:
     program.require_fit(layout.facts.geometry)
+    lora.refuse_gates(program)
     own = ModelForm(layout.facts.architecture)
     return lora.plan(fold(program, layout.facts, own), layout, target.name, name=name)
 

@@ -1,7 +1,8 @@
 """Reports for people: the text and tables that the command line prints on stdout."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import singledispatch
 from typing import Any
 
@@ -12,9 +13,11 @@ from austeer.compiler.architectures import ARCHITECTURES
 from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
-from austeer.compiler.measure import Effect
+from austeer.compiler.gate_check import SideCheck
+from austeer.compiler.gates import Gated
+from austeer.compiler.measure import Score
 from austeer.compiler.program import Program
-from austeer.compiler.sites import SiteName
+from austeer.compiler.sites import SITES, SiteName
 from austeer.compiler.text import render
 from austeer.compiler.verbs.approximate import Approximations
 from austeer.compiler.verbs.build import BuildReport
@@ -26,6 +29,7 @@ from austeer.compiler.verbs.push import PushReport
 from austeer.compiler.verbs.steer import Steering
 from austeer.compiler.verbs.targets import Support
 from austeer.compiler.verbs.verify import Verification
+from austeer.passes.search import Search
 
 SHOWN = 20  # rows of long tables
 
@@ -60,13 +64,7 @@ def _(report: BuildReport) -> None:
 def _(report: Steering) -> None:
     console = _console()
     if report.choice.search is not None:
-        found = report.choice.search
-        rows = [("base", "", "0", *_effect(found.base), "")] + [
-            (str(t.k), f"{t.alpha:.4g}", f"{t.drift:.4f}", *_effect(t.effect), "<-" if t == found.best else "")
-            for t in found.table
-        ]
-        columns = ("k", "alpha", "drift", "accuracy", "margin", "")
-        _table("Search on held-out prompts (drift and margin in nats)", columns, rows, all_rows=True)
+        _search(report.choice.search)
     choice, components = report.choice, method_named(report.method).components
     penalty = f" (rho {choice.rho:.4g}, l1 ratio {choice.l1_ratio:.4g})" if choice.rho is not None else ""
     console.print(
@@ -74,6 +72,8 @@ def _(report: Steering) -> None:
         f"drift {choice.drift:.4f} nats per token"
     )
     _approximations(report.approximations)
+    _gates(report.program)
+    _sides(report.sides)
     _end(report.out, report.certificate, report.notes)
 
 
@@ -158,7 +158,8 @@ def _program(program: Program) -> None:
 @show.register
 def _(report: Support) -> None:
     for target in report.targets:
-        columns = ("architecture", *(f"{kind} @ {', '.join(sites)}" for kind, sites in COLUMNS))
+        places = ((kind, "all sites" if sites == SITES else ", ".join(sites)) for kind, sites in COLUMNS)
+        columns = ("architecture", *(f"{kind} @ {place}" for kind, place in places))
         rows = [
             (architecture, *(_ways(report, target.name, architecture, *column) for column in COLUMNS))
             for architecture in ARCHITECTURES
@@ -177,6 +178,7 @@ COLUMNS: tuple[tuple[str, tuple[SiteName, ...]], ...] = (
     ("shift", ("neurons", "ffn")),
     ("shift", ("residual",)),
     ("scale", ("residual",)),
+    ("gated", SITES),
 )
 
 
@@ -187,6 +189,8 @@ def _ways(report: Support, target: str, architecture: str, kind: str, sites: tup
         for cell in report.cells
         if (cell.target, cell.architecture, cell.kind, cell.site) == (target, architecture, kind, sites[0])
     )
+    if kind == "gated":
+        return ", ".join(how for how, _ in cell.ways) or "refused"
     exact = ", ".join(way.describe(architecture) for way in cell.preferred)
     return exact or ("approximate" if cell.approximations else "refused")
 
@@ -200,6 +204,27 @@ def _end(out: str | None, certificate: Certificate | None, notes: Iterable[str])
         _console().print(f"Written: {out}", markup=False)
 
 
+def _search(found: Search) -> None:
+    """The points by what they differ in, and k; drift; the figures of the effect."""
+    points = [trial.point for trial in found.table]
+    names = [name for name in points[0] if name == "k" or len({point[name] for point in points}) > 1]
+    figures = list(asdict(found.base))
+    rows = [("base", *[""] * len(names), "", "0", *_figures(found.base, len(figures)))] + [
+        (
+            "->" if t == found.best else "",
+            *(f"{t.point[name]:.4g}" if isinstance(t.point[name], float) else t.point[name] for name in names),
+            f"{t.alpha:.4g}", f"{t.drift:.4f}", *_figures(t.effect, len(figures)),
+        )
+        for t in found.table
+    ]  # fmt: skip
+    columns = ("", *names, "alpha", "drift", *figures)
+    _table("Search on held-out prompts (drift in nats per token)", columns, rows, all_rows=True)
+
+
+def _figures(score: Score | None, count: int) -> list[str]:
+    return ["-"] * count if score is None else [f"{value:.3f}" for value in asdict(score).values()]
+
+
 def _approximations(found: Approximations | None) -> None:
     if found is None:
         return
@@ -211,7 +236,38 @@ def _approximations(found: Approximations | None) -> None:
     ]
     columns = ("approximation", "mean KL", "top-1", "")
     _table(f"Approximations, measured on {found.tokens} tokens", columns, rows, all_rows=True)
-    _console().print("Approximate: no stock block carries edits at site residual exactly.")
+    _console().print("Approximate: no stock block carries a scale at site residual exactly.")
+
+
+def _gates(program: Program) -> None:
+    origins = {
+        (edit.layer, edit.gate.origin): None
+        for edit in program.edits
+        if isinstance(edit, Gated) and edit.gate.origin is not None
+    }
+    rows = [
+        (layer, f"{origin.auc:.3f}", f"{origin.open_when:.1%}", f"{origin.open_unless:.1%}")
+        for layer, origin in origins
+    ]
+    if rows:
+        _table("Gates, on texts held out from their fit", ("layer", "AUC", "open, when", "open, unless"), rows)
+
+
+def _sides(sides: Mapping[str, SideCheck]) -> None:
+    columns = ("texts", "tokens", "KL from the base", "accuracy, margin", "of the base", "open gates")
+    rows = [
+        (
+            name,
+            found.tokens,
+            f"{found.mean_kl:.4g}",
+            " ".join(_figures(found.effect, 1)),
+            " ".join(_figures(found.base_effect, 1)),
+            " to ".join(f"{share:.1%}" for share in found.open_range),
+        )
+        for name, found in sides.items()
+    ]
+    if rows:
+        _table("The compiled model, on those texts", columns, rows)
 
 
 def _certificate(certificate: Certificate) -> None:
@@ -257,10 +313,6 @@ def _slice(axes: list[list[int] | None]) -> str:
 
 def _some(indices: list[int]) -> str:
     return ",".join(map(str, indices[:6])) + (f",… {len(indices) - 6} more" if len(indices) > 6 else "")
-
-
-def _effect(effect: Effect | None) -> tuple[str, str]:
-    return ("-", "-") if effect is None else (f"{effect.accuracy:.3f}", f"{effect.margin:+.3f}")
 
 
 def _console() -> Console:

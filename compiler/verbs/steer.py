@@ -1,21 +1,30 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from austeer.compiler.certificate import Certificate
+from austeer.compiler.edits import Shift
 from austeer.compiler.errors import Refused, UsageError
+from austeer.compiler.gate_card import gates_record
+from austeer.compiler.gate_check import SideCheck, check_gates
+from austeer.compiler.gates import Gate, Gated
 from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
 from austeer.compiler.staging import require_place
+from austeer.compiler.verbs.adaptive import NEURONS, Adaptive, Gating
 from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
 from austeer.compiler.verbs.bases import Base, open_base
-from austeer.compiler.verbs.common import FORM, Settings, certificate_dtype, target_for, write_compiled
+from austeer.compiler.verbs.common import FORM, Compiled, Settings, certificate_dtype, target_for, write_compiled
 from austeer.compiler.verbs.finding import Choice, Finding, Goal, find
 from austeer.compiler.verbs.methods import Method, method_named
+from austeer.compiler.verbs.picture import draw_search, require_picture
 from austeer.passes.legalize import refusal
 from austeer.targets.llama_cpp import find_converter
 
@@ -24,7 +33,8 @@ from austeer.targets.llama_cpp import find_converter
 class Steering:
     """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only).
 
-    `approximations` where one had to be chosen.
+    `approximations` where one had to be chosen; `sides`: what the compiled model does where gates are to open and
+    where not.
     """
 
     out: str | None
@@ -35,6 +45,7 @@ class Steering:
     certificate: Certificate | None
     notes: tuple[str, ...]
     approximations: Approximations | None = None
+    sides: Mapping[str, SideCheck] = field(default_factory=dict[str, SideCheck])
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -46,6 +57,8 @@ class Steering:
             "site": self.site,
             **_plain(self.choice),
             "approximations": self.approximations.plain() if self.approximations else None,
+            "gates": gates_record(self.program),
+            "sides": {name: found.plain() for name, found in self.sides.items()},
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -57,15 +70,24 @@ def steer(
     out: str | Path,
     *,
     method: str = "austeer",
-    site: str | None = None,
+    site: str | Sequence[str] | None = None,
     top_k: int | None = None,
     alpha: float | None = None,
     rho: float | None = None,
     l1_ratio: float | None = None,
+    segments: int | None = None,
     max_drift: float = 0.1,
+    trials: int | None = None,
+    study: str | Path | None = None,
+    picture: str | Path | None = None,
     neutral: str | Path | None = None,
     program_only: bool = False,
     approximate: bool = False,
+    adaptive: bool = False,
+    when: str | Path | None = None,
+    unless: str | Path | None = None,
+    gate_neurons: int = NEURONS,
+    neurons: str = "append",
     target: str | None = None,
     form: str = FORM,
     revision: str | None = None,
@@ -73,16 +95,26 @@ def steer(
 ) -> Steering:
     """Finds what tells the pairs' sides apart, edits it, and writes the checkpoint at `out`.
 
-    The method "austeer" scales units of one site, default ffn; "steer2edit" adds rank-1 edits of heads, neurons or,
-    by default, both. What is not given of `top_k` and `alpha` is searched on held-out prompts for the best accuracy
-    with a mean KL to the base on neutral text of at most `max_drift`; Steer2Edit's `rho` and `l1_ratio` together
-    stand for both. With `program_only`, `out` is a program file. With `approximate` the site may be residual,
-    compiled by the approximation nearest on held-out text.
+    The method "austeer" scales units of one site, default ffn, or the best of several; "steer2edit" adds rank-1 edits
+    of heads, neurons or, by default, both; "fusion" shifts the residual stream of every layer, with one weight or one
+    for each of `segments` of layers, towards the pairs' positive sides. What is not given of `top_k` and `alpha` is
+    searched on held-out prompts for the best accuracy (fusion: overlap and perplexity) with a mean KL to the base on
+    neutral text of at most `max_drift`, in so many `trials`; Steer2Edit's `rho` and `l1_ratio` together stand for
+    both. The file `study` keeps the search, which goes on there if it was interrupted or is given more trials;
+    `picture`, .png or .svg, shows it. `site` is one name or several, in a sequence or with commas. With
+    `program_only`, `out` is a program file. With `approximate` the site may be residual, compiled by the
+    approximation nearest on held-out text.
+    With `adaptive` every edit acts only where a gate of its layer is open: in texts like those of the file `when`, and
+    not in those like `unless` (texts or pairs), or else on the negative sides of the pairs. At most `gate_neurons` of
+    a layer carry what passes; `neurons` is "append", or "reuse" for those that contribute least.
     Raises CheckFailed where steering does not help or the certificate does not hold; nothing is written then.
     """
     chosen, out = method_named(method), Path(out)
-    goal = Goal(chosen, _sites(method, chosen, site), top_k, alpha, max_drift, rho, l1_ratio)
+    kept = Path(study) if study is not None else None
+    gates = _adaptive(adaptive, when, unless, gate_neurons, neurons, form)
+    goal = Goal(chosen, _sites(chosen, site), top_k, alpha, max_drift, rho, l1_ratio, trials, kept, segments, gates)
     require_place(out)  # now, not after hours of work
+    drawing = _drawing(picture, goal)
     samples, texts = read_pairs(pairs), read_texts(neutral) if neutral is not None else None
     base = open_base(model, revision)
     _require_units(goal, base)
@@ -91,56 +123,141 @@ def steer(
     finding = find(base, goal, samples, texts, settings)
     if program_only:
         finding.program.save(out)
-        return _report(out, method, goal, finding, None, ())
-    compiled = compile_for(finding.program, base, target, form, approximate=approximate)
+        drawing(finding)
+        return _report(out, method, finding, None, ())
+    compiled = compile_for(finding.program, base, target, form, approximate=approximate or adaptive)
     table, extra = None, {"steer": _record(method, goal, finding, Path(pairs), settings.seed)}
     if compiled.approximation is not None:
         compiled, table = choose_approximation(compiled, finding.texts, settings, out)
         extra["approximations"] = table.plain()
-    dtype, kept = certificate_dtype(base, settings)
+    dtype, notes = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    certificate = write_compiled(compiled, out, certify=check, extra=extra)
-    report = _report(out, method, goal, finding, certificate, (*kept, *compiled.plan.notes))
-    return replace(report, approximations=table)
+    sides = _Sides(compiled, finding.gating, dtype, settings)
+    certificate = write_compiled(compiled, out, certify=check, check_sides=sides.check, extra=extra)
+    drawing(finding)
+    report = _report(out, method, finding, certificate, (*notes, *compiled.plan.notes))
+    return replace(report, approximations=table, sides=sides.found)
 
 
-def _sites(name: str, method: Method, site: str | None) -> tuple[SiteName, ...]:
-    if site is None:
-        return method.default
-    if site_named(site) not in method.sites:
-        raise UsageError(f"--method {name} edits the sites {' and '.join(method.sites)}, not {site}")
-    return (site_named(site),)
+@dataclass
+class _Sides:
+    """The check of gates on their held-out texts; `found` once it is made, nothing where there are no gates."""
+
+    compiled: Compiled
+    gating: Gating | None
+    dtype: str
+    settings: Settings
+    found: dict[str, SideCheck] = field(default_factory=dict[str, SideCheck])
+
+    def check(self, folder: Path) -> dict[str, SideCheck]:
+        """Measures what lies in the folder."""
+        if self.gating is not None:
+            base, settings = self.compiled.base.path, self.settings
+            self.found = check_gates(
+                base,
+                self.compiled.program,
+                self.gating.sides,
+                lambda: self.compiled.load(folder, self.dtype, settings.device),
+                dtype=self.dtype,
+                device=settings.device,
+                batch_tokens=settings.batch_tokens,
+            )
+        return self.found
+
+
+def _adaptive(
+    adaptive: bool,  # noqa: FBT001 - private
+    when: str | Path | None,
+    unless: str | Path | None,
+    gate_neurons: int,
+    neurons: str,
+    form: str,
+) -> Adaptive | None:
+    if not adaptive:
+        if when is not None or unless is not None:
+            raise UsageError("--when and --unless say where gates open: add --adaptive")
+        return None
+    if neurons not in ("append", "reuse"):
+        raise UsageError(f"--neurons must be append or reuse, got {neurons}")
+    if form == "lora":
+        raise UsageError("--adaptive needs new neurons, which no adapter holds: use another --form")
+    opens, closes = (Path(file) if file is not None else None for file in (when, unless))
+    return Adaptive(opens, closes, gate_neurons, reuse=neurons == "reuse", in_weights=form != "model-code")
+
+
+def _sites(method: Method, site: str | Sequence[str] | None) -> tuple[SiteName, ...]:
+    given = [site] if isinstance(site, str) else site or ()
+    named: dict[SiteName, None] = dict.fromkeys(
+        site_named(name.strip()) for names in given for name in names.split(",")
+    )
+    for name in named:
+        if name not in method.sites:
+            raise UsageError(f"--method {method.name} edits the sites {' and '.join(method.sites)}, not {name}")
+    return tuple(named) if named else method.default
+
+
+def _drawing(picture: str | Path | None, goal: Goal) -> Callable[[Finding], None]:
+    """What draws the search, if it is to be drawn; refused now if it cannot be."""
+    if picture is None:
+        return lambda _: None
+    if goal.complete:
+        raise UsageError("--picture shows a search, and nothing is left to search for")
+    file = Path(picture)
+    require_picture(file)
+
+    def draw(finding: Finding) -> None:
+        assert finding.choice.search is not None
+        draw_search(finding.choice.search, goal.max_drift, file)
+
+    return draw
 
 
 def _require_foldable(goal: Goal, base: Base, target: str | None, form: str, *, approximate: bool) -> None:
-    """Refused, before any model is run, where no layer can carry an edit at any of the sites, or nothing write it."""
+    """Refused, before any model is run, where no layer can carry an edit at one of the places, or nothing write it."""
     if form == "gguf":
         find_converter()
     if form == "model-code":  # carries every edit
         return
-    engine, layers = target_for(target, form), range(base.facts.geometry.layers)
-    probes = [goal.method.probe(layer, site) for site in goal.sites for layer in layers]
-    if approximate and are_inexact(probes, base):
-        compile_for(Program(base.facts.geometry, tuple(probes)), base, target, form, approximate=True)
+    if goal.adaptive:
+        _require_gates(base, target, form)
         return
-    reasons = [refusal(probe, base.facts, engine) for probe in probes]
+    for place, sites in goal.places.items():
+        probes = [goal.method.probe(layer, site) for site in sites for layer in range(base.facts.geometry.layers)]
+        if approximate and are_inexact(probes, base):
+            compile_for(Program(base.facts.geometry, tuple(probes)), base, target, form, approximate=True)
+            continue
+        reasons = [refusal(probe, base.facts, target_for(target, form)) for probe in probes]
+        if all(reasons) or (any(reasons) and not goal.method.rank):
+            raise Refused(
+                f"steering at site {place} cannot be compiled: {next(filter(None, reasons))}; "
+                "or write the program alone with --program-only"
+            )
+
+
+def _require_gates(base: Base, target: str | None, form: str) -> None:
+    """Refused where no layer can carry a gate, whatever it lets through."""
+    geometry = base.facts.geometry
+    zeros = np.zeros(geometry.residual, np.float32)
+    probes = [Gated(Shift(layer, "ffn", zeros), Gate(zeros, 0, 1, zeros)) for layer in range(geometry.layers)]
+    reasons = [refusal(probe, base.facts, target_for(target, form)) for probe in probes]
     if all(reasons):
         raise Refused(
-            f"steering at site {goal.place} cannot be compiled: {reasons[0]}; "
-            "or write the program alone with --program-only"
+            f"steering with gates cannot be compiled: {reasons[0]}; another --target or --form model-code may carry "
+            "it; or write the program alone with --program-only"
         )
 
 
 def _require_units(goal: Goal, base: Base) -> None:
     facts, method = base.facts, goal.method
-    most = facts.geometry.layers * sum(method.count(facts, site) for site in goal.sites)
-    if goal.top_k is not None and goal.top_k > most:
-        raise UsageError(
-            f"--top-k {goal.top_k} is more than the {most} {method.components} at site {goal.place} of all layers"
-        )
+    for place, sites in goal.places.items():
+        most = facts.geometry.layers * sum(method.count(facts, site) for site in sites)
+        if goal.top_k is not None and goal.top_k > most:
+            raise UsageError(
+                f"--top-k {goal.top_k} is more than the {most} {method.components} at site {place} of all layers"
+            )
 
 
 def _plain(choice: Choice) -> dict[str, Any]:
@@ -154,7 +271,7 @@ def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -
     """For the manifest: how the program was found, without any pair text."""
     return {
         "method": method,
-        "site": goal.place,
+        "site": finding.choice.site,
         **_plain(finding.choice),
         "max_drift": goal.max_drift,
         "seed": seed,
@@ -163,10 +280,12 @@ def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -
             "fitted": finding.fitted,
             "held_out": finding.held_out,
         },
+        **({"gating": finding.gating.record} if finding.gating else {}),
     }
 
 
 def _report(
-    out: Path, method: str, goal: Goal, finding: Finding, certificate: Certificate | None, kept: tuple[str, ...]
+    out: Path, method: str, finding: Finding, certificate: Certificate | None, notes: tuple[str, ...]
 ) -> Steering:
-    return Steering(str(out), finding.program, method, goal.place, finding.choice, certificate, (*finding.notes, *kept))
+    choice = finding.choice
+    return Steering(str(out), finding.program, method, choice.site, choice, certificate, (*finding.notes, *notes))

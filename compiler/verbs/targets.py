@@ -89,12 +89,13 @@ def targets(name: str | None = None) -> Support:
 
 
 def markdown() -> str:
-    """The support matrix of the README: how a constant gets in at heads, attn, ffn and residual, a letter each."""
+    """The support matrix of the README: how a constant gets in at heads, attn, ffn and residual, and a gate."""
     support = targets()
     names = [target.name for target in support.targets]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for architecture in ARCHITECTURES:
-        cells = [" ".join(_letter(support, name, architecture, site) for site in SHIFTED) for name in names]
+        places: list[tuple[str, SiteName]] = [*(("shift", site) for site in SHIFTED), ("gated", "heads")]
+        cells = [" ".join(_letter(support, name, architecture, *place) for place in places) for name in names]
         lines.append(f"| {architecture} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -110,14 +111,15 @@ SHIFTED: tuple[SiteName, ...] = ("heads", "attn", "ffn", "residual")
 LETTERS = {"bias": "b", "value-bias": "v", "split-layer": "s", "constant-layer": "c"}
 
 
-def _letter(support: Support, target: str, architecture: str, site: SiteName) -> str:
-    address = (target, architecture, "shift", site)
+def _letter(support: Support, target: str, architecture: str, kind: str, site: SiteName) -> str:
+    address = (target, architecture, kind, site)
     cell = next(cell for cell in support.cells if (cell.target, cell.architecture, cell.kind, cell.site) == address)
-    letters = (
-        LETTERS[way.route or "bias"].upper() if way.carrier != architecture else LETTERS[way.route or "bias"]
-        for way in cell.preferred
-    )
-    return "/".join(dict.fromkeys(letters)) or "-"
+    if kind == Gated.kind:  # the best alone: the others are approximate
+        letters = [("g" if way.route else "a", way.carrier) for way in cell.lowerings[:1]]
+    else:
+        letters = [(LETTERS[way.route or "bias"], way.carrier) for way in cell.preferred]
+    cased = (letter.upper() if carrier != architecture else letter for letter, carrier in letters)
+    return "/".join(dict.fromkeys(cased)) or "-"
 
 
 def _cells(target: Target) -> Iterator[Cell]:

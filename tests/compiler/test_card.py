@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from austeer.compiler import Edit, Program, Rank1, Scale, Shift
+from austeer.compiler import Edit, Fitted, Gate, Gated, Program, Rank1, Scale, Shift
 from austeer.compiler.card import describe, read_card, render_card
 from tests.compiler.test_certificate import CERTIFICATE
 from tests.compiler.test_program import EDITS, MODEL, PROGRAM
+
+GATED = Gated(Shift(0, "ffn", [3, 0, 4]), Gate([12, 0, 5], 0.5, 8.0))
+NEURONS = Fitted(np.ones((2, 3)), [1, 2], np.ones((2, 3)), [1, 2], np.ones((3, 2)))
 
 
 def card(
@@ -86,10 +90,29 @@ def test_of_many_edits_the_first_are_listed_and_the_rest_counted() -> None:
         (Shift(0, "ffn", [3e38] * 4), "|vector| = 6e+38"),
         (EDITS[2], "strength 0.5, |k| = 2.236, |v| = 2.236"),
         (Rank1(0, "heads", [0], [0], -1e-9), "strength -1e-09, |k| = 0, |v| = 0"),
+        (GATED, "shift of |vector| = 5; gate |w| = 13, b 0.5, delta 8"),
+        (
+            Gated(Scale(0, "ffn", [2], 0.5), GATED.gate, NEURONS),
+            "scale of 1 units (2: x1.5); gate |w| = 13, b 0.5, delta 8; 2 fitted neurons",
+        ),
     ],
 )
 def test_descriptions(edit: Edit, text: str) -> None:
     assert describe(edit) == text
+
+
+def test_a_gated_edit_is_a_row() -> None:
+    _, body = card(Program(MODEL, (GATED,)))
+    row = r"| 0 | ffn | gated | shift of \|vector\| = 5; gate \|w\| = 13, b 0.5, delta 8 |"
+    assert row in body.splitlines()
+
+
+def test_an_approximation_is_said_whatever_is_approximated() -> None:
+    from dataclasses import replace
+
+    body = " ".join(card(certificate=replace(CERTIFICATE, approximate=True))[1].split())
+    assert "no stock block carries all of these edits exactly" in body
+    assert "in `austeer.json` under `lowering`" in body
 
 
 def test_the_certificate_is_shown_with_its_verdict() -> None:

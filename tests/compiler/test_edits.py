@@ -168,7 +168,7 @@ def test_edits_differ_in_any_field(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("plain", "reason"),
     [
-        ({"kind": "gated"}, "edit 4: unknown kind 'gated'; this version knows scale, shift, rank1"),
+        ({"kind": "gate"}, "edit 4: unknown kind 'gate'; this version knows scale, shift, rank1, gated"),
         ({}, "edit 4: unknown kind None"),
         ({"kind": ["scale"]}, "unknown kind"),
         ({"kind": "shift", "layer": 0, "site": "ffn"}, "a shift has the fields layer, site, vector; got layer, site"),

@@ -15,6 +15,7 @@ from austeer.compiler import (
     Fitted,
     Gate,
     Gated,
+    Origin,
     Program,
     ProgramError,
     Rank1,
@@ -33,12 +34,13 @@ from tests.tiny import VARIANTS, Tiny, load, logits, on_disk, program, tokens
 MODEL = Geometry("m", "llama", layers=2, residual=3, heads=4, neurons=2)
 W = (0.5, -1.0, 0.25)
 GATE = Gate(W, 0.5, 2.0)
+ORIGIN = Origin("ab" * 32, "cd" * 32, 0.9, 0.8, 0.1)
 FITTED = Fitted(np.eye(3)[:2], [1, 2], np.ones((2, 3)), [0, 0.5], np.arange(6).reshape(3, 2))
 SCALE = Scale(0, "ffn", [2, 0], [0.5, -1])
 EDITS = (
     Gated(SCALE, GATE),
     Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3)), FITTED),
-    Gated(Shift(1, "heads", [1, 2, 3, 4]), GATE),
+    Gated(Shift(1, "heads", [1, 2, 3, 4]), Gate(W, 0.5, 2.0, (), ORIGIN)),
     Gated(Rank1(1, "neurons", [1, 2], [3, 4, 5], 0.5), GATE),
     Scale(0, "ffn", [2], [3.0]),  # the same unit, without a gate: another edit
 )
@@ -73,6 +75,14 @@ def test_file_and_text_lead_back_bit_for_bit(tmp_path: Path) -> None:
     assert parse(render(made)).sha256 == Program.load(tmp_path / "p.safetensors").sha256 == made.sha256
 
 
+def test_neurons_may_be_views_that_are_transposed(tmp_path: Path) -> None:
+    down = np.arange(6).reshape(2, 3)
+    views = Fitted(*(getattr(FITTED, name) for name in ("gate", "gate_bias", "up", "up_bias")), down.T)
+    made = Program(MODEL, (Gated(SCALE, GATE, views),))
+    made.save(tmp_path / "p.safetensors")
+    assert Program.load(tmp_path / "p.safetensors") == made
+
+
 def test_text_reads_as_documented() -> None:
     assert render(Program(MODEL, EDITS[:1])).splitlines()[1] == (
         "layer 0 ffn gated scale 2:0.5 0:-1.0 gate delta 2.0 b 0.5 w 0.5 -1.0 0.25"
@@ -85,6 +95,7 @@ def test_every_part_counts_for_identity() -> None:
         Gated(SCALE, Gate(W, 0.25, 2.0, (1, 2, 3)), FITTED),
         Gated(SCALE, Gate(W, 0.5, 4.0, (1, 2, 3)), FITTED),
         Gated(SCALE, Gate((1, 2, 3), 0.5, 2.0, W), FITTED),
+        Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3), ORIGIN), FITTED),
         Gated(SCALE, Gate(W, 0.5, 2.0, (1, 2, 3))),
         Gated(Scale(0, "ffn", [2, 1], [0.5, -1]), Gate(W, 0.5, 2.0, (1, 2, 3)), FITTED),
     ]
@@ -98,6 +109,12 @@ def test_every_part_counts_for_identity() -> None:
     [
         (lambda: Gate(W, 0.5, 0.0), "delta must be above 0"),
         (lambda: Gate(W, 0.5, float("nan")), "nan or infinity"),
+        (lambda: Origin("ab", "cd" * 32, 0.9, 0.8, 0.1), "when must be a SHA-256"),
+        (lambda: Origin("ab" * 32, "cd" * 32, 1.9, 0.8, 0.1), "auc must be from 0 to 1"),
+        (
+            lambda: edit_from({**EDITS[0].plain(), "gate": plain_gate(origin={"auc": 1})}, "e"),
+            "gated: needs edit, gate",
+        ),
         (lambda: Gate([W], 0.5, 1), "expected one dimension"),
         (lambda: Gated(EDITS[0], GATE), "the edit must be a scale, a shift or a rank1"),
         (lambda: Gated(Shift(0, "ffn", W), GATE, FITTED), "two neurons do it exactly"),

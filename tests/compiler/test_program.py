@@ -217,7 +217,7 @@ DAMAGED = {
     "changed vector": (file(body(), vectors(**{"0.gamma": np.ones(2, np.float32)})), "the SHA-256 it states"),
     "one flipped bit": (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "the SHA-256 it states"),
     "edits in another order": (file(body(edits=body()["edits"][::-1])), "has the fields"),
-    "unknown kind": (file(with_edit(kind="gated")), "unknown kind 'gated'"),
+    "unknown kind": (file(with_edit(kind="gate")), "unknown kind 'gate'"),
     "unknown field": (file(with_edit(note=1)), "a scale has the fields"),
     "unknown site": (file(with_edit(site="mlp")), "site 'mlp' is not one of"),
     "site a list": (file(with_edit(site=["ffn"])), "is not one of"),

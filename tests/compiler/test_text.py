@@ -127,7 +127,7 @@ HEAD = 'model "m" llama layers=2 residual=3 heads=4 neurons=2'
         (f"{HEAD}\n\nblock 0 ffn scale 1:1", "line 3: cannot be read .expected: layer"),
         (f"{HEAD}\nlayer 0", "line 2: cannot be read"),
         (f"{HEAD}\nlayer x ffn scale 1:1", "line 2: cannot be read"),
-        (f"{HEAD}\nlayer 0 ffn gated 1:1", "line 2: cannot be read .unknown kind 'gated'"),
+        (f"{HEAD}\nlayer 0 ffn gate 1:1", "line 2: cannot be read .unknown kind 'gate'"),
         (f"{HEAD}\nlayer 0 ffn scale 1", "line 2: cannot be read"),
         (f"{HEAD}\nlayer 0 ffn scale 1:x", "line 2: cannot be read"),
         (f"{HEAD}\nlayer 0 ffn scale 1:1:1", "line 2: cannot be read"),

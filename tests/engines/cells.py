@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from austeer.compiler import Edit, Program, Scale, Shift
+from austeer.compiler import Edit, Gate, Gated, Program, Scale, Shift
 from austeer.compiler.facts import read_facts
+from tests.compiler.test_gates import gates
 from tests.engines.models import on_disk, sized
 from tests.tiny import CONFIGS, Tiny, in_place
 
@@ -45,6 +46,24 @@ def alike(tiny: Tiny) -> Program:
     return Program.of(edits, model=folder)
 
 
+def gated(tiny: Tiny) -> Program:
+    """Every kind at every site of the last layer, gated."""
+    edits = [edit for edit in gates(tiny) if edit.layer == tiny.layers - 1]
+    return Program.of(edits, model=on_disk(tiny))
+
+
+def gated_shifts(tiny: Tiny) -> Program:
+    """A gated constant at every site of the first and the last layer, and scales around it."""
+    made, rng = shifts(tiny, "heads attn neurons ffn residual"), np.random.default_rng(1)
+
+    def gate() -> Gate:
+        width = made.model.residual
+        return Gate(2 * rng.normal(size=width) / width**0.5, 0.5, 2.0)
+
+    edits = [Gated(edit, gate()) if isinstance(edit, Shift) else edit for edit in made.edits]
+    return Program(made.model, tuple(edits))
+
+
 # What is compiled, by name: a program for a tiny model. A new lowering is a line here, and its cells below.
 LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     # every edit kind at every site and layer where the model has the weights for it
@@ -54,6 +73,9 @@ LOWERINGS: Mapping[str, Callable[[Tiny], Program]] = {
     "attention-shifts": lambda tiny: shifts(tiny, "heads attn"),
     "value-shifts": alike,
     "residual-shifts": lambda tiny: shifts(tiny, "residual"),
+    "gated-edits": gated,
+    # neurons appended to every FFN
+    "gates": gated_shifts,
 }
 
 
@@ -143,7 +165,14 @@ CELLS: list[Cell] = [
     *cells("mlx-lm", "olmo2", lowering="attention-shifts", **UNBIASED),
     *cells("onnxruntime-genai", "llama mistral qwen2 phi3", lowering="shifts", **UNBIASED),
     *cells("onnxruntime-genai", "qwen3 gemma2", lowering="attention-shifts", **UNBIASED),
+    *cells("transformers", "llama gpt2 gpt_neox opt", lowering="gates", **UNBIASED),
+    *cells("openvino", "llama gpt2", lowering="gates", **UNBIASED),
+    *cells("llama.cpp", "llama mistral qwen2 phi3", lowering="gates", **UNBIASED),
+    *cells("ctranslate2", "llama phi3 gpt2", lowering="gates", **UNBIASED),
+    *cells("mlx-lm", "llama mistral qwen2", lowering="gates", **UNBIASED),
+    *cells("onnxruntime-genai", "llama phi3", lowering="gates", **UNBIASED),
     *in_other_forms("transformers", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("transformers", "llama gemma2 olmo2 phi3 gpt2 gpt_neox opt", "gated-edits", "model-code"),
     *in_portable_form("openvino"),
     *in_portable_form("llama.cpp"),
     *in_portable_form("ctranslate2"),
@@ -158,9 +187,11 @@ VLLM: list[Cell] = [
     *cells("vllm", "gemma2 gemma3_text olmo2", lowering="residual-shifts", **UNBIASED),
     *cells("vllm", "gemma2 gemma3_text olmo2", lowering="attention-shifts", **UNBIASED),
     *cells("vllm", "qwen3_moe", lowering="value-shifts", **UNBIASED),
+    *cells("vllm", "llama mistral gpt2", lowering="gates", **UNBIASED),
     *in_portable_form("vllm"),
     *in_other_forms("vllm", "llama", "folds", "lora"),
     *in_other_forms("vllm", "llama qwen3", "shifts", "model-code"),
+    *in_other_forms("vllm", "llama gemma2 phi3 opt", "gated-edits", "model-code"),
 ]
 
 GAPS: list[Gap] = [

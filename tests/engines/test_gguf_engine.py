@@ -20,6 +20,7 @@ from austeer.compiler.layout import Layout
 from austeer.targets import gguf, gguf_patch
 from austeer.targets.checkpoint import Writing
 from austeer.targets.llama_cpp import convert
+from tests.compiler.test_gates import gates
 from tests.engines.llama_cpp import served, use_converter
 from tests.tiny import VOCABULARY, Tiny, in_place, load, logits, on_disk, planned_checkpoint, tokens
 
@@ -128,6 +129,19 @@ def test_converted_it_says_in_llama_cpp_what_the_interpreter_says(name: str, tmp
     found = of_llama_cpp(steered_by_converter(base, program, tmp_path / "out"))
     assert np.abs(found - steered).max() < case.close
     assert np.abs(found - plain).max() > 100 * case.close
+
+
+@pytest.mark.parametrize("name", ["llama-unbiased", "phi3", "gpt_neox"])
+def test_gates_converted_are_open_in_llama_cpp_where_the_interpreter_says(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base = model(case, tmp_path)
+    gated = [edit for edit in gates(case.tiny) if isinstance(edit.edit, Shift)]
+    program = Program.of([*in_place(case.tiny, base).edits, *gated], model=base)
+    steered, plain = of_live(base, program), of_live(base, None)
+    path = steered_by_converter(base, program, tmp_path / "out")
+    assert np.abs((found := of_llama_cpp(path)) - steered).max() < case.close
+    assert np.abs(found - plain).max() > 100 * case.close
+    assert read_gguf(path).tensors["blk.0.ffn_up.weight"].shape[0] == 256
 
 
 @pytest.mark.parametrize("name", CASES)

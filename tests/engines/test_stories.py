@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from austeer.compiler import CheckFailed, Edit, Program, Rank1, Scale, Shift, interpret
+from austeer.compiler import CheckFailed, Edit, Gate, Gated, Program, Rank1, Scale, Shift, interpret
 from austeer.compiler.certificate import greedy
 from austeer.compiler.facts import Geometry
 from austeer.compiler.verbs.build import build
 from austeer.targets.engines.engine import Engine, Request, Scores, log_softmax
 from austeer.targets.engines.registry import ENGINES
+from tests.engines.llama_cpp import served
 from tests.shared import shared
 from tests.tiny import load, logits, scratch
 
@@ -63,6 +64,19 @@ def constants(model: Geometry, strength: float) -> list[Edit]:
     ]
 
 
+def gated(model: Geometry) -> list[Edit]:
+    """Constants at every site that come and go with the context, in one layer after the other."""
+    rng = np.random.default_rng(0)
+    widths = {"heads": model.heads, "attn": model.residual, "neurons": model.neurons, "ffn": model.residual}
+    return [
+        Gated(
+            Shift(layer, site, rng.normal(size=width)),
+            Gate(4 * rng.normal(size=model.residual) / model.residual**0.5, 0.0, 2.0),
+        )
+        for layer, (site, width) in enumerate({**widths, "residual": model.residual}.items())
+    ]
+
+
 MILD, STRONG = partial(constants, strength=0.3), partial(constants, strength=1.0)
 
 
@@ -104,6 +118,29 @@ def require_told(engine: Engine, story: Story, limit: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_model_tells_the_interpreters_story(name: str) -> None:
     require_told(installed(name), tell("stories260K", folds, "transformers"), CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gates_tell_it_too(name: str) -> None:
+    require_told(installed(name), tell("stories260K", gated, "transformers"), CLOSE)
+
+
+def test_gates_are_exact_in_transformers_and_in_llama_cpp_from_a_gguf(tmp_path: Path, converter: None) -> None:  # noqa: ARG001
+    base = shared("models/stories260K")
+    made = Program.of(gated(Program.of([], model=base).model), model=base)
+    made.save(tmp_path / "p")
+    story = tell("stories260K", gated, "transformers")
+    build(str(base), [tmp_path / "p"], tmp_path / "gguf", form="gguf")
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    model = load(base)
+    with interpret(model, made):
+        expected = logits(model, torch.tensor([story.ids]))[0]
+    compiled = logits(load(story.out), torch.tensor([story.ids]))[0]
+    assert (compiled - expected).abs().max() <= 1e-5 * expected.abs().max()
+    vocabulary = expected.shape[-1]
+    found = served(file, story.ids, vocabulary, story.ids[-1])
+    assert np.abs(found - story.steered).max() <= 1e-5 * float(expected.abs().max())
+    assert np.abs(found - story.plain).max() > 1
 
 
 @pytest.mark.parametrize("name", NAMES)

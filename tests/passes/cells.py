@@ -10,7 +10,7 @@ block (c: in the model written as llama), V only the bias of v_proj, and so only
 
 from collections.abc import Iterator
 
-from austeer.compiler import Shift
+from austeer.compiler import Gate, Gated, Shift
 from austeer.compiler.facts import ModelFacts, facts_of
 from tests.tiny import Tiny
 
@@ -27,6 +27,20 @@ CELLS = {
     "ctranslate2": "BBBB ---- LLLL LLLL BBCC ---- ---- ---- BB-C LLLL ---- BBBB BBBB BBBB",
     "onnxruntime-genai": "BBBB ---- LLLL LLLL BB-- ---- ---- BB-- BB-- LLLL ---- ---- ---- ----",
     "portable": "BBCC ---- LLcc LLCC ---- ---- ---- ---- ---- LLcc ---- ---- ---- ----",
+}
+# Gates, for which neurons are appended to the FFN: N with biases (n: in the model written as llama), D without, where a
+# constant direction has to stand for them (d: as llama), - where FFNs are not widened, or a norm follows.
+GATES = {
+    # in the order of ARCHITECTURES
+    "transformers": "N N n n D - - - - n - N N N",
+    "vllm": "N N n n D - - - - n - N N N",
+    "sglang": "D - D D D - - - - D - N N N",
+    "llama.cpp": "N - n n D - - - - n - - N -",
+    "tgi": "N - n n D - - - - n - N N N",
+    "mlx-lm": "N - n n D - - - - n - N N -",
+    "ctranslate2": "N - n n D - - - - n - N N N",
+    "onnxruntime-genai": "N - n n D - - - - n - - - -",
+    "portable": "D - D D D - - - - d - - - -",
 }
 ROUTES = {"B": "bias", "L": "bias", "S": "split-layer", "C": "constant-layer", "c": "constant-layer", "V": "value-bias"}
 PERIODS = {("sglang", "gemma2"): 2, ("llama.cpp", "gemma2"): 2, ("llama.cpp", "gemma3_text"): 6}
@@ -73,3 +87,17 @@ def shift(tiny: Tiny, site: str, layer: int = 0, *, alike: bool = False) -> Shif
         group, size = width // model.kv, model.head_dim
         values = [values[(unit // (group * size)) * size + unit % size] for unit in range(width)]
     return Shift(layer, site, values)  # pyright: ignore[reportArgumentType]
+
+
+def gate_cells() -> Iterator[tuple[str, str, str]]:
+    """(target, architecture, letter)."""
+    for target, letters in GATES.items():
+        for architecture, letter in zip(ARCHITECTURES.split(), letters.split(), strict=True):
+            yield target, architecture, letter
+
+
+def gated(tiny: Tiny, site: str = "attn", layer: int = 0, *, constant: bool = False) -> Gated:
+    """A gated shift, with or without a direction that is taken for constant."""
+    width = facts(tiny).geometry.residual
+    direction = [0.1 + 0.01 * unit for unit in range(width)]
+    return Gated(shift(tiny, site, layer), Gate(direction[::-1], 0.5, 2.0, direction if constant else ()))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from austeer.compiler import Edit, Program, ProgramError, Rank1, Scale, Shift, UsageError, interpret
+from austeer.compiler import Edit, Gate, Gated, Program, ProgramError, Rank1, Scale, Shift, UsageError, interpret
 from austeer.compiler.facts import Geometry
 from austeer.passes.compose import compose
 from tests.tiny import Tiny, load, logits, on_disk, program, tokens
@@ -95,3 +95,13 @@ def test_composition_of_three_multiplies_all_factors() -> None:
     (edit,) = made.edits
     assert isinstance(edit, Scale)
     assert np.allclose(1 + edit.gamma, 2 * 1.5 * 0.5)
+
+
+def test_gated_edits_are_kept_beside_what_is_merged() -> None:
+    gate = Gate([1, 2, 3], 0.5, 2.0)
+    gated = [Gated(Scale(0, "ffn", [1], 1), gate), Gated(Shift(0, "ffn", [1, 2, 3]), gate)]
+    made, notes = compose([of(Scale(0, "ffn", [1], 1), gated[0]), of(gated[1], Scale(0, "ffn", [1], 1))])
+    assert made == of(*gated, Scale(0, "ffn", [1], 3))
+    assert len(notes) == 1
+    made, notes = compose([of(gated[0]), of(gated[1])])
+    assert (made, notes) == (of(*gated), ())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from austeer.compiler import Program, Rank1, Refused, Scale, Shift, interpret
+from austeer.compiler import Gated, Program, Rank1, Refused, Scale, Shift, interpret
 from austeer.compiler.form import ModelForm
 from austeer.compiler.live import load_model
 from austeer.compiler.sites import SiteName
@@ -15,7 +15,20 @@ from austeer.compiler.verbs.build import build
 from austeer.passes.legalize import WAY_OUT, legalize
 from austeer.passes.lowerings import lowerings
 from austeer.targets.tables import TARGETS
-from tests.passes.cells import ABSENT, CELLS, PERIODS, REFUSE_O_PROJ, ROUTES, cells, facts, plain_model, shift
+from tests.passes.cells import (
+    ABSENT,
+    CELLS,
+    GATES,
+    PERIODS,
+    REFUSE_O_PROJ,
+    ROUTES,
+    cells,
+    facts,
+    gate_cells,
+    gated,
+    plain_model,
+    shift,
+)  # fmt: skip
 from tests.tiny import load, logits, on_disk, tokens
 
 SCALED: tuple[SiteName, ...] = ("heads", "attn", "neurons", "ffn")
@@ -115,6 +128,74 @@ def test_what_all_keep_but_in_different_forms_is_said_engine_by_engine() -> None
     both = Target("both", "both", "", members=members)
     found = lowerings(Shift, "residual", "qwen3", both, post_norm=False)
     assert found == "no one form is kept by all: transformers constant layer; llama.cpp constant layer"
+
+
+# ---- gates ------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_gates_is_whole() -> None:
+    assert list(GATES) == list(TARGETS)
+    assert {letter for *_, letter in gate_cells()} == {*"NnDd-"}
+
+
+@pytest.mark.parametrize("site", ["heads", "residual"])
+@pytest.mark.parametrize(("target", "architecture", "letter"), list(gate_cells()))
+def test_gates(target: str, architecture: str, letter: str, site: str) -> None:
+    tiny = plain_model(architecture)
+    without, constant = (gated(tiny, site, constant=known) for known in (False, True))
+    if letter in "-dD":
+        with pytest.raises(Refused) as raised:
+            legalized(target, architecture, without)
+        _, *reasons, way_out = str(raised.value).splitlines()
+        assert way_out == WAY_OUT
+        why = "" if letter == "-" else "; and the gate has no constant direction to do without"
+        absent = architecture in ABSENT[target].split()
+        assert any(absent or (reason.startswith(f"  gated shift at layer 0, site {site}: ") and why in reason)
+                   for reason in reasons)  # fmt: skip
+    else:
+        assert gate_place(legalized(target, architecture, without)) == gate_expected(architecture, letter)
+    if letter != "-":
+        assert gate_place(legalized(target, architecture, constant)) == gate_expected(architecture, letter)
+
+
+def gate_place(form: ModelForm) -> tuple[str, list[str], int]:
+    return form.architecture.model_type, list(form.routes.values()), form.widened
+
+
+def gate_expected(architecture: str, letter: str) -> tuple[str, list[str], int]:
+    return "llama" if letter in "nd" else architecture, ["bias"] if letter in "Nn" else [], 256 - 28
+
+
+@pytest.mark.parametrize(
+    ("target", "architecture", "reason"),
+    [
+        ("transformers", "gemma2", "a norm stands after the FFN"),
+        ("transformers", "qwen3_moe", "qwen3_moe has mixtures of experts, and a gate needs an FFN of its own"),
+        ("transformers", "qwen3", r"transformers 5\.23\.0 has no mlp\.down_proj\.bias in qwen3"),
+        ("llama.cpp", "gpt2", "the engine has one width for the FFN of a gpt2"),
+        ("llama.cpp", "qwen3", r"does not load a qwen3 that has mlp\.down_proj\.bias"),
+        ("sglang", "llama", r"SGLang 0\.5\.23 drops mlp\.down_proj\.bias of llama in silence"),
+        ("portable", "llama", r"SGLang 0\.5\.23 drops mlp\.down_proj\.bias of llama in silence"),
+        ("vllm", "mixtral", "mixtral has mixtures of experts"),
+    ],
+)
+def test_reasons_of_gates(target: str, architecture: str, reason: str) -> None:
+    with pytest.raises(Refused, match=rf"gated shift at layer 0, site attn: .*{reason}"):
+        legalized(target, architecture, gated(plain_model(architecture)))
+
+
+def test_a_gated_scale_needs_neurons_that_are_fitted_to_it_but_that_is_not_the_first_thing_to_say() -> None:
+    for architecture, reason in {"llama": "no neurons are fitted to it", "olmo2": "a norm stands after"}.items():
+        gate = gated(plain_model(architecture)).gate
+        with pytest.raises(Refused, match=f"gated scale at layer 0, site ffn: {reason}"):
+            legalized("transformers", architecture, Gated(Scale(0, "ffn", [1], 1), gate))
+
+
+def test_a_gate_takes_the_biases_that_are_there() -> None:
+    tiny = plain_model("qwen2")
+    for constant in (False, True):  # be it that it could do without, and stay a qwen2
+        form = legalized("transformers", "qwen2", gated(tiny, constant=constant))
+        assert form.architecture.model_type == "llama"
 
 
 # ---- and what is built does what the interpreter says ---------------------------------------------

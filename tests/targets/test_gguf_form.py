@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from austeer.compiler import Edit, Program, Rank1, Scale, Shift
+from austeer.compiler import Edit, Gate, Gated, Program, Rank1, Scale, Shift
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.errors import AusteerError, CheckpointError, InputError, ProgramError, Refused
 from austeer.compiler.facts import Geometry, read_facts
@@ -234,6 +234,16 @@ def test_an_architecture_that_reads_no_bias_takes_no_constant(tmp_path: Path) ->
     with pytest.raises(Refused, match="a constant needs the bias of"):
         gguf_patch.plan_gguf(path, of(SHIFT, architecture="qwen2"))
     assert gguf_patch.plan_gguf(path, of(SCALE, architecture="qwen2")).jobs
+
+
+def test_a_gate_makes_the_ffn_wider_which_no_patch_does(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.gguf")
+    gated = [Gated(edit, Gate(np.ones(RESIDUAL), 0.5, 2.0)) for edit in (SHIFT, SCALE)]
+    with pytest.raises(Refused, match=r"a gate is new neurons, which make the FFN wider; .*--form gguf") as raised:
+        gguf_patch.plan_gguf(path, of(*gated, SCALE))
+    first, *lines = str(raised.value).splitlines()
+    assert first.startswith("2 of 3 edits have no exact fold")
+    assert [line.split(" at ")[0] for line in lines] == ["  gated shift", "  gated scale"]
 
 
 def test_a_program_for_another_model_is_an_error(tmp_path: Path) -> None:

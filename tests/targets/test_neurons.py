@@ -210,7 +210,7 @@ def test_segments_are_cut_where_something_is_inserted(seed: int, tmp_path: Path)
     info = TensorInfo("t", base, "F32", (0,), 0, 0)
     starts = 5 * np.sort(rng.permutation(18)[:8])
     points = np.sort(rng.integers(0, 97, 9)).tolist()
-    growths = tuple(Growth("t", info, point, (0,), (2,), np.array([1.0, 2.0], np.float32)) for point in points)
+    growths = tuple(Growth("t", info, point, (0,), (2,), lambda: np.array([1.0, 2.0], np.float32)) for point in points)
     shard = Shard("s", base, None, 0, jobs=(Fixed("t", info, tuple(starts.tolist())),), growths=growths)
     expected = bytearray(range(100))
     for start in starts:
@@ -230,7 +230,7 @@ def test_many_new_rows_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "BLOCK", 64)
     values = np.arange(50 * 7, dtype=np.float32).reshape(50, 7)
     info = TensorInfo("t", Path("none"), "F32", (3, 7), 10, 84)
-    pieces = list(Growth("t", info, 10, (3, 7), (60, 7), values).insertions())
+    pieces = list(Growth("t", info, 10, (3, 7), (60, 7), lambda: values).insertions())
     assert {piece.offset for piece in pieces} == {94}
     *blocks, rest = (piece.chunk for piece in pieces)
     assert rest == Zeros(7 * 7 * 4)

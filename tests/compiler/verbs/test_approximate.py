@@ -1,18 +1,20 @@
 """build and steer --approximate: measured, chosen, recorded, said; and nothing of it where it was not asked for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from austeer.compiler import CheckFailed, Program, Refused, Scale
+from austeer.compiler import CheckFailed, Edit, Fitted, Gate, Gated, Program, Refused, Scale, Shift
 from austeer.compiler.certificate import text_logits
 from austeer.compiler.cli import main
 from austeer.compiler.interpreter import interpret
-from austeer.compiler.live import load_model, load_tokenizer
+from austeer.compiler.live import ffn_input, live_facts, load_model, load_tokenizer
 from austeer.compiler.manifest import MANIFEST, read_manifest
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.verbs.build import BuildReport, build
@@ -28,7 +30,7 @@ from tests.tiny import rewritten, scratch
 CPU = Settings(device="cpu")
 
 
-def program(folder: Path, *edits: Scale, model: Path = MODEL) -> Path:
+def program(folder: Path, *edits: Edit, model: Path = MODEL) -> Path:
     Program.of(edits, model=model).save(folder / "p")
     return folder / "p"
 
@@ -236,3 +238,91 @@ def test_on_a_trained_model_most_of_the_way_is_gone(layer: int, gamma: float, sh
     report = build(str(model), [source], tmp_path / "out", approximate=True, settings=CPU)
     assert report.certificate is not None
     assert report.certificate.mean_kl < share * report.certificate.base_mean_kl
+
+
+# ---- gates ----------------------------------------------------------------------------------------
+
+
+def gated(constant: Sequence[float] = ()) -> Gated:
+    """A shift of the demo model, half open."""
+    width = Program.of([], model=MODEL).model.residual
+    rng = np.random.default_rng(0)
+    vector, w = rng.normal(size=(2, width))
+    return Gated(Shift(2, "attn", 2 * vector), Gate(0.4 * w, 0.0, 4.0, constant))
+
+
+@pytest.fixture(scope="module")
+def constant() -> list[float]:
+    """What is nearest to 1 in what the FFN of layer 2 reads, by least squares."""
+    model, seen = load_model(MODEL, dtype="float32", device="cpu"), list[torch.Tensor]()
+    ffn_input(model, live_facts(model), 2).module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    for text in sample_neutral(model, load_tokenizer(MODEL), 16, 64, 7):
+        text_logits(model, text)
+    h = torch.cat(seen)
+    return torch.linalg.lstsq(h, torch.ones(len(h), 1)).solution[:, 0].tolist()
+
+
+def test_a_gate_without_biases_is_compiled_if_asked_for_and_certified(constant: list[float], tmp_path: Path) -> None:
+    source = program(tmp_path, gated(constant))
+    with pytest.raises(Refused) as refused:
+        build(str(MODEL), [source], tmp_path / "out", target="sglang")
+    first, reason, ways = str(refused.value).splitlines()
+    assert first == "1 of 1 edits would only be approximated:"
+    assert reason.startswith("  gated shift at layer 2, site attn: sglang keeps no bias of the FFN here")
+    assert "--approximate" in ways
+    assert "--form model-code" in ways
+    planned = build(str(MODEL), [source], None, target="sglang", approximate=True)
+    assert "approximate: how near it comes is measured when it is written" in planned.notes
+    report = build(str(MODEL), [source], tmp_path / "out", target="sglang", approximate=True, settings=CPU)
+    assert report.approximations is None  # there is nothing to choose from
+    assert report.certificate is not None
+    assert report.certificate.approximate
+    assert report.certificate.passed  # half the way; of this small model no direction is more constant than 1 ± 0.3
+    assert "This compilation is approximate" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", base=str(MODEL), settings=CPU).passed
+
+
+def test_neurons_that_were_fitted_are_compiled_if_asked_for_and_judged(tmp_path: Path) -> None:
+    width = Program.of([], model=MODEL).model.residual
+    nothing = Fitted(np.zeros((1, width)), [0], np.zeros((1, width)), [0], np.zeros((width, 1)))
+    source = program(tmp_path, Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate, nothing), Scale(0, "ffn", (1,), 0.5))
+    with pytest.raises(Refused, match=r"1 of 2 edits .*\n.*gated scale at layer 1, site ffn: .*neurons were fitted"):
+        build(str(MODEL), [source], tmp_path / "out")
+    with pytest.raises(CheckFailed, match="half that of the unedited base"):
+        build(str(MODEL), [program(tmp_path, Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate, nothing))],
+              tmp_path / "out", approximate=True, settings=CPU)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_biases_it_is_exact_whether_asked_for_or_not(tmp_path: Path) -> None:
+    source = program(tmp_path, gated())
+    report = build(str(MODEL), [source], tmp_path / "out", approximate=True, settings=CPU)
+    assert report.compiled.exact
+    assert report.certificate is None
+
+
+def test_a_scaled_stream_is_not_approximated_beside_a_gate(tmp_path: Path) -> None:
+    source = program(tmp_path, *SCALES, gated())
+    with pytest.raises(Refused, match=r"gated shift at layer 2, site attn: .*scale at site residual.*model-code"):
+        build(str(MODEL), [source], tmp_path / "out", approximate=True)
+
+
+def test_an_adapter_has_no_neurons_of_its_own(tmp_path: Path) -> None:
+    unfitted = Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate)
+    with pytest.raises(Refused, match="an adapter changes linear maps that are there; use --form checkpoint") as raised:
+        build(str(MODEL), [program(tmp_path, gated(), unfitted)], tmp_path / "out", form="lora", target="vllm")
+    assert "gated scale at layer 1, site ffn" in str(raised.value)
+
+
+def test_a_gated_program_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = program(tmp_path, gated())
+    show(inspect(source))
+    build(str(MODEL), [source], tmp_path / "out")
+    show(inspect(tmp_path / "out"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "shift of |vector|" in shown
+    assert "delta 4" in shown
+    assert "gate_proj" in shown
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--json"])
+    (edit,) = json.loads(done.stdout)["edits"]
+    assert (edit["kind"], edit["edit"]["kind"], edit["gate"]["delta"]) == ("gated", "shift", 4.0)

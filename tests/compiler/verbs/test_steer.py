@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from austeer.compiler import CheckFailed, OutputError, Program, Rank1, Refused, UsageError
+from austeer.compiler import CheckFailed, InputError, OutputError, Program, Rank1, Refused, Shift, UsageError
+from austeer.compiler.fidelity import Fidelity
 from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.verbs.common import Settings
 from austeer.compiler.verbs.demo import MODEL
+from austeer.compiler.verbs.picture import draw_search
 from austeer.compiler.verbs.steer import Steering, steer
 from tests.tiny import Tiny, on_disk
 
@@ -32,7 +34,9 @@ def test_the_search_helps_within_the_drift_limit(searched: Steering):
     assert best.effect is not None
     assert best.effect.accuracy >= found.base.accuracy + 0.1
     assert best.drift <= 0.1
-    assert (searched.choice.k, searched.choice.alpha, searched.choice.drift) == (best.k, best.alpha, best.drift)
+    assert (searched.choice.k, searched.choice.alpha, searched.choice.drift) == (8, best.alpha, best.drift)
+    assert (searched.choice.site, best.point["k"], best.point["site"]) == ("ffn", 8, "ffn")
+    assert len(found.table) == 24
 
 
 def test_the_manifest_records_the_search_and_no_text_or_path(searched: Steering):
@@ -67,6 +71,75 @@ def test_the_seed_decides_what_is_held_out(searched: Steering, tmp_path: Path):
     )  # fmt: skip
     assert same.program == searched.program
     assert other.plain()["search"]["base"] != searched.plain()["search"]["base"]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Steering]:
+    """Two sites, the search kept and drawn."""
+    folder = tmp_path_factory.mktemp("several")
+    report = steer(
+        str(MODEL), PAIRS, folder / "out", site="attention, ffn", top_k=8, trials=8, neutral=NEUTRAL, program_only=True,
+        study=folder / "study", picture=folder / "picture.svg", settings=CPU,
+    )  # fmt: skip
+    return folder, report
+
+
+def test_of_several_sites_the_search_chooses_one(several: tuple[Path, Steering]):
+    _, report = several
+    found = report.choice.search
+    assert found is not None
+    assert {trial.point["site"] for trial in found.table} == {"heads", "ffn"}
+    assert {edit.site for edit in report.program.edits} == {report.site} == {report.choice.site}
+    record = json.loads(json.dumps(report.plain(), allow_nan=False))
+    assert record["search"]["table"][0]["point"] == {"site": "ffn", "gate": "", "k": 8}
+
+
+def test_a_kept_search_goes_on_and_is_refused_for_other_pairs(several: tuple[Path, Steering], tmp_path: Path):
+    folder, report = several
+    options = {"top_k": 8, "neutral": NEUTRAL, "program_only": True, "study": folder / "study", "settings": CPU}
+    again = steer(str(MODEL), PAIRS, tmp_path / "a", site=["heads", "ffn"], trials=8, **options)
+    assert again.program == report.program
+    more = steer(str(MODEL), PAIRS, tmp_path / "b", site=["heads", "ffn"], trials=10, **options)
+    assert len(more.plain()["search"]["table"]) == 10
+    (tmp_path / "pairs.jsonl").write_text("\n".join(PAIRS.read_text().splitlines()[:-9]))
+    with pytest.raises(InputError, match="another pairs; give the study of this search"):
+        steer(str(MODEL), tmp_path / "pairs.jsonl", tmp_path / "c", site=["heads", "ffn"], trials=8, **options)
+    with pytest.raises(InputError, match="another goal"):
+        steer(str(MODEL), PAIRS, tmp_path / "c", site="ffn", **options)
+
+
+def test_the_picture_marks_limit_base_and_winner(several: tuple[Path, Steering], tmp_path: Path):
+    folder, report = several
+    drawn = (folder / "picture.svg").read_text()
+    assert all(word in drawn for word in ("limit 0.1", "chosen", "heads", "held-out accuracy"))
+    assert report.choice.search is not None
+    draw_search(report.choice.search, 0.1, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
+    draw_search(report.choice.search, 0.1, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"picture": "pairs.jsonl"}, UsageError, "writes .png and .svg files"),
+        ({"picture": "there.svg"}, OutputError, "exists already"),
+        ({"picture": "gone/there.svg"}, OutputError, "no directory"),
+        ({"picture": "new.svg", "top_k": 1, "alpha": 1.0}, UsageError, "nothing is left to search"),
+        ({"study": "new", "top_k": 1, "alpha": 1.0}, UsageError, "nothing is left to search"),
+        ({"trials": 0}, UsageError, "--trials must be at least 1"),
+        ({"site": ("ffn", "magic")}, UsageError, "unknown site 'magic'"),
+        ({"study": "there.svg"}, InputError, "no stored study"),
+    ],
+)
+def test_options_of_the_search_that_cannot_be_meant(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+):
+    (tmp_path / "there.svg").write_text("mine")
+    paths = {name: tmp_path / options[name] for name in ("picture", "study") if name in options}
+    with pytest.raises(error, match=message):
+        steer(str(MODEL), PAIRS, tmp_path / "out", settings=CPU, neutral=NEUTRAL, **{**options, **paths})
+    assert [path.name for path in tmp_path.iterdir()] == ["there.svg"]
 
 
 def test_with_both_given_every_pair_localizes_and_neutral_text_is_sampled(tmp_path: Path):
@@ -146,10 +219,45 @@ def test_rho_and_l1_ratio_say_how_many_and_how_strongly(rank1: Steering, tmp_pat
     assert {edit.site for edit in heads.program.edits} == {"heads"}
 
 
+def test_fusion_shifts_every_layer_and_weighs_its_segments(tmp_path: Path):
+    report = steer(
+        str(MODEL), PAIRS, tmp_path / "out", method="fusion", segments=2, trials=6, neutral=NEUTRAL, settings=CPU
+    )
+    found = report.choice.search
+    assert found is not None
+    assert found.best is not None
+    assert isinstance(found.best.effect, Fidelity)
+    assert isinstance(found.base, Fidelity)
+    assert found.best.effect.score > found.base.score
+    assert found.best.drift <= 0.1
+    assert set(found.best.point) == {"weight 1", "weight 2"}
+    assert [(edit.layer, edit.site, type(edit)) for edit in report.program.edits] == [
+        (layer, "residual", Shift) for layer in range(report.program.model.layers)
+    ]
+    assert report.certificate is not None
+    assert report.certificate.passed
+    assert read_manifest(tmp_path / "out")["steer"]["search"]["best"]["point"] == found.best.point
+
+
+def test_fusion_with_a_given_weight_is_not_searched(tmp_path: Path):
+    options = {"method": "fusion", "neutral": NEUTRAL, "program_only": True, "settings": CPU}
+    report = steer(str(MODEL), PAIRS, tmp_path / "program", alpha=0.1, **options)
+    assert report.choice.search is None
+    assert report.choice.k == report.program.model.layers
+    with pytest.raises(UsageError, match="must be from 1 to the"):
+        steer(str(MODEL), PAIRS, tmp_path / "other", segments=99, **options)
+
+
+def test_fusion_is_refused_where_one_layer_cannot_carry_it(tmp_path: Path):
+    model = on_disk(Tiny("mixtral"))
+    with pytest.raises(Refused, match="steering at site residual cannot be compiled"):
+        steer(str(model), PAIRS, tmp_path / "out", method="fusion", settings=CPU)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "unknown method 'magic': use one of austeer, steer2edit"),
+        ({"method": "magic"}, "unknown method 'magic': use one of austeer, steer2edit, fusion"),
         ({"method": "steer2edit", "site": "ffn"}, "edits the sites heads and neurons, not ffn"),
         ({"method": "steer2edit", "rho": 0.1}, "need each other"),
         ({"method": "steer2edit", "rho": 0.1, "l1_ratio": 1.0}, "from 0 to below 1"),
@@ -157,6 +265,9 @@ def test_rho_and_l1_ratio_say_how_many_and_how_strongly(rank1: Steering, tmp_pat
         ({"method": "steer2edit", "alpha": -1.0}, "above 0"),
         ({"method": "steer2edit", "top_k": 10**6}, "heads and neurons at site heads and neurons of all layers"),
         ({"rho": 0.1, "l1_ratio": 0.5}, "belong to --method steer2edit"),
+        ({"segments": 2}, "belongs to --method fusion"),
+        ({"method": "fusion", "top_k": 2}, "no meaning for --method fusion"),
+        ({"method": "fusion", "site": "ffn"}, "edits the sites residual, not ffn"),
     ],
 )
 def test_options_of_one_method_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path):

@@ -20,7 +20,7 @@ def test_every_cell_has_a_lowering_or_a_reason() -> None:
     assert {target.name for target in support.targets} == {
         "transformers", "vllm", "sglang", "llama.cpp", "tgi", "mlx-lm", "ctranslate2", "onnxruntime-genai", "portable",
     }  # fmt: skip
-    assert len(support.cells) == len(TARGETS) * len(ARCHITECTURES) * (5 + 5 + 2)
+    assert len(support.cells) == len(TARGETS) * len(ARCHITECTURES) * (5 + 5 + 2 + 5)
     assert all(bool(cell.lowerings) != bool(cell.refusal) for cell in support.cells)
     assert all(target.version for target in support.targets)
 
@@ -47,6 +47,34 @@ def test_as_json() -> None:
     assert [way["how"] for way in scaled["lowerings"]] == ["rescale-later", "rescale-earlier", "rescale-both"]
     assert not any(way["exact"] for way in scaled["lowerings"])  # SGLang has no FFN bias, so none of the neurons
     assert "read through a norm" in scaled["refusal"]
+
+
+def test_gates_as_json() -> None:
+    ways = {
+        (target, architecture): [(way["how"], way["exact"]) for way in cell["lowerings"]]
+        for target in ("transformers", "sglang")
+        for architecture in ("llama", "mistral", "gemma2")
+        for cell in targets(target).plain()["cells"]
+        if (cell["architecture"], cell["kind"], cell["site"]) == (architecture, "gated", "ffn")
+    }
+    with_bias = [("neurons (shift)", True), ("fitted neurons", False), ("neurons without bias", False)]
+    assert ways["transformers", "llama"] == with_bias
+    assert ways["transformers", "mistral"][0] == ("neurons as llama (shift)", True)
+    assert ("neurons without bias", False) in ways["transformers", "mistral"]
+    assert ways["sglang", "llama"] == [("neurons without bias", False)]
+    assert ways["transformers", "gemma2"] == []
+
+
+def test_gates_have_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    rows = CliRunner().invoke(main, ["targets", "transformers"]).stdout.splitlines()
+    columns = {
+        cells[0]: cells[-1] for row in rows if len(cells := [cell.strip() for cell in row.strip("┃│").split("│")])
+    }
+    assert any("gated @ all sites" in row for row in rows)
+    assert columns["llama"] == "neurons (shift), fitted neurons, neurons without bias"
+    assert columns["qwen3"] == "neurons without bias"
+    assert columns["gemma2"] == "refused"
 
 
 def test_an_unknown_target() -> None:
