@@ -45,9 +45,9 @@ class Reuse:
 def least_neurons(model: "PreTrainedModel", program: Program, texts: Sequence[Tokens]) -> Reuse:
     """Chooses the neurons that the gated edits replace, by what they contribute on texts under the program.
 
-    What edits at site neurons add to them does not count, for it is not lost.
-    Neurons that a Scale or Rank1 without a gate is about are not taken. Ties: the lower neuron. Raises UsageError
-    for no texts, Refused for an edit whose neurons are not fitted, or a layer that has too few neurons to give.
+    What an edit at site neurons adds to them does not count, for it is not lost. Those that a Scale or Rank1
+    without a gate is about are not taken. Ties: the lower neuron. Raises UsageError for no texts, Refused for an
+    edit whose neurons are not fitted, or a layer that has too few neurons to give.
     """
     if not texts:
         raise UsageError("the contributions of neurons need at least one text to be measured on")
