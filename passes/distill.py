@@ -78,8 +78,8 @@ def distill(
         case = _case(model, program, edit, fit, held_out)
         parts, curve = _best(case, shares[number], target_r2, seed)
         edits[number] = replace(edit, neurons=as_fitted(parts, facts.geometry.residual, case.columns))
-        scores = (r2(samples, parts, case.start.act) for samples in (case.held_out, case.fit))
-        records.append(Distilled(number, edit.layer, edit.site, len(parts["gate"]), *scores, curve))
+        held, known = (r2(samples, parts, case.start.act) for samples in (case.held_out, case.fit))
+        records.append(Distilled(number, edit.layer, edit.site, len(parts["gate"]), held, known, curve))
     return Program(program.model, tuple(edits)), tuple(records)
 
 
@@ -130,12 +130,12 @@ def _case(
 
     facts = live_facts(model)
     inner = edit.edit
-    one_by_one = isinstance(inner, Scale) and inner.space == "residual"
-    columns = torch.tensor(inner.units if one_by_one else range(facts.geometry.residual))
-    seen = [_samples(model, program, edit, texts, columns) for texts in (fit, held_out)]
-    w = torch.tensor(edit.gate.w, device=seen[0].h.device)
+    every = tuple(range(facts.geometry.residual))
+    columns = torch.tensor(inner.units if isinstance(inner, Scale) and inner.space == "residual" else every)
+    known, unknown = (_samples(model, program, edit, texts, columns) for texts in (fit, held_out))
+    w = torch.tensor(edit.gate.w, device=known.h.device)
     start = Start(own_neurons(model, facts, edit.layer), w, edit.gate.b, activation_of(facts))
-    return _Case(*seen, start, columns)
+    return _Case(known, unknown, start, columns)
 
 
 def _samples(

@@ -60,7 +60,7 @@ def own_neurons(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> Part
     names = [linear.name for linear in entry.inputs if not linear.of_attention]
     modules: list[Any] = [block.get_submodule(name) for name in names]
     rows = torch.cat([module.weight.T if entry.transposed else module.weight for module in modules])
-    parts = dict(zip(("gate", "up"), rows.detach().float().split(facts.geometry.neurons), strict=False))
+    parts: Parts = dict(zip(("gate", "up"), rows.detach().float().split(facts.geometry.neurons), strict=False))
     if getattr(modules[0], "bias", None) is None:
         return parts
     biases = torch.cat([module.bias for module in modules]).detach().float().split(facts.geometry.neurons)
