@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from austeer.compiler import Gated, Program, Scale
+from austeer.compiler import Edit, Gated, Program, Scale
 from austeer.compiler.gate_check import Side, SideCheck, check_gates
 from austeer.compiler.live import load_model, load_tokenizer
 from austeer.compiler.measure import effects
@@ -22,12 +22,12 @@ from austeer.compiler.pairs import Pair
 from austeer.compiler.tokens import encode_pairs, encode_texts
 from austeer.compiler.verbs.build import build
 from austeer.compiler.verbs.common import Settings
-from austeer.compiler.verbs.steer import Steering, steer
+from austeer.compiler.verbs.steer import steer
 from tests.shared import shared
 
 pytestmark = pytest.mark.slow
 CPU = Settings(device="cpu", dtype="float32")
-UNITS, ALPHA = 128, 1.2
+TRIALS = 12
 KEYS = ("prompt", "positive", "negative")
 
 
@@ -56,7 +56,6 @@ def write(path: Path, entries: Sequence[Any]) -> Path:
 class Compared:
     """The compiled models on held-out texts of both sides: with gates, and without them at the same effect."""
 
-    steering: Steering
     gated: dict[str, SideCheck]
     ungated: dict[str, SideCheck]
 
@@ -67,17 +66,21 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     stories = rows("tinystories_text")
     pairs = write(folder / "told.jsonl", told("train"))
     unless = write(folder / "spoken.jsonl", [{"text": text} for text in spoken(stories[100:])])
-    steering = steer(
-        str(base), pairs, folder / "gated", top_k=UNITS, alpha=ALPHA, adaptive=True, when=pairs, unless=unless,
-        settings=CPU,
-    )  # fmt: skip
     sides = held_out(base, stories[:100])
-    gated = check(base, steering.program, sides, folder / "gated")
-    assert gated["when"].effect is not None
-    program = equal_in_effect(base, steering.program, sides["when"], gated["when"].effect.margin)
-    program.save(folder / "ungated.safetensors")
-    build(str(base), [folder / "ungated.safetensors"], folder / "ungated")
-    return Compared(steering, gated, check(base, program, sides, folder / "ungated"))
+    found = {
+        "gated": steer(
+            str(base), pairs, folder / "found-gated", program_only=True, adaptive=True, when=pairs, unless=unless,
+            trials=TRIALS, settings=CPU,
+        ),
+        "ungated": steer(str(base), pairs, folder / "found", program_only=True, trials=TRIALS, settings=CPU),
+    }  # fmt: skip
+    programs = equal_in_effect(base, {name: steering.program for name, steering in found.items()}, sides["when"])
+    checks: dict[str, dict[str, SideCheck]] = {}
+    for name, program in programs.items():
+        program.save(folder / f"{name}.safetensors")
+        build(str(base), [folder / f"{name}.safetensors"], folder / name, approximate=name == "gated")
+        checks[name] = check(base, program, sides, folder / name)
+    return Compared(checks["gated"], checks["ungated"])
 
 
 def held_out(base: Path, stories: Sequence[dict[str, Any]]) -> dict[str, Side]:
@@ -92,22 +95,33 @@ def check(base: Path, program: Program, sides: dict[str, Side], out: Path) -> di
     return check_gates(base, program, sides, lambda: load_model(out, **settings), **settings, batch_tokens=4096)
 
 
-def equal_in_effect(base: Path, gated: Program, side: Side, margin: float) -> Program:
-    """The same edits without their gates, all weaker or stronger by the factor that gives this margin."""
+def equal_in_effect(base: Path, programs: dict[str, Program], side: Side) -> dict[str, Program]:
+    """Both programs, the stronger one weakened to the margin of the other."""
     model = load_model(base, dtype="float32", device="cpu")
-    low, high = 0.0, 2.0
-    for _ in range(12):
+
+    def margin(program: Program) -> float:
+        return effects(model, side.pairs, [program], 4096)[0].margin
+
+    weak, strong = sorted(programs, key=lambda name: margin(programs[name]))
+    low, high, wanted = 0.0, 1.0, margin(programs[weak])
+    for _ in range(10):
         middle = (low + high) / 2
-        (effect,) = effects(model, side.pairs, [without_gates(gated, middle)], 4096)
-        low, high = (middle, high) if effect.margin < margin else (low, middle)
-    return without_gates(gated, high)
+        low, high = (middle, high) if margin(weakened(programs[strong], middle)) < wanted else (low, middle)
+    return {weak: programs[weak], strong: weakened(programs[strong], high)}
 
 
-def without_gates(program: Program, factor: float) -> Program:
-    inner = [edit.edit for edit in program.edits if isinstance(edit, Gated)]
-    scales = [edit for edit in inner if isinstance(edit, Scale)]
-    assert len(scales) == len(program.edits)
-    return Program(program.model, tuple(replace(edit, gamma=factor * edit.gamma) for edit in scales))
+def weakened(program: Program, factor: float) -> Program:
+    """What each edit adds, times a factor."""
+    return replace(program, edits=tuple(_weakened(edit, factor) for edit in program.edits))
+
+
+def _weakened(edit: Edit, factor: float) -> Edit:
+    if isinstance(edit, Gated):
+        assert edit.neurons is not None
+        neurons = replace(edit.neurons, down=factor * edit.neurons.down)
+        return replace(edit, edit=_weakened(edit.edit, factor), neurons=neurons)
+    assert isinstance(edit, Scale)
+    return replace(edit, gamma=factor * edit.gamma)
 
 
 def test_the_drift_where_nothing_should_happen_falls_to_a_quarter(compared: Compared) -> None:
@@ -119,13 +133,7 @@ def test_the_drift_where_nothing_should_happen_falls_to_a_quarter(compared: Comp
         assert effect.margin > before.margin + 0.3
     assert gated["when"].effect is not None
     assert ungated["when"].effect is not None
-    assert ungated["when"].effect.margin == pytest.approx(gated["when"].effect.margin, abs=0.02)
-    print(
-        gated["unless"].mean_kl,
-        ungated["unless"].mean_kl,
-        gated["when"].effect,
-        ungated["when"].effect,
-        gated["when"].base_effect,
-    )
+    # Equal with hooks; in weights the gated edits are approximate.
+    assert ungated["when"].effect.margin == pytest.approx(gated["when"].effect.margin, abs=0.05)
     assert gated["unless"].mean_kl <= ungated["unless"].mean_kl / 4
     assert gated["when"].mean_kl > 4 * gated["unless"].mean_kl
