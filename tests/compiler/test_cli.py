@@ -260,6 +260,10 @@ def test_disk_full(model: Path, program: Path, tmp_path: Path):
         ("--alpha", "nan", "--alpha"),
         ("--max-drift", "0", "--max-drift"),
         ("--site", "mlp", "mlp"),
+        ("--site", "heads,mlp", "mlp"),
+        ("--segments", "2", "--method fusion"),
+        ("--trials", "0", "at least 1"),
+        ("--picture", "search.pdf", ".png and .svg"),
     ],
 )
 def test_impossible_options(option: str, value: str, message: str, model: Path, tmp_path: Path):
@@ -272,7 +276,10 @@ def test_impossible_options(option: str, value: str, message: str, model: Path, 
 def test_a_site_without_a_fold_is_refused_before_any_model_runs(model: Path, tmp_path: Path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(LINE)
-    output = refused(tmp_path, "steer", model, "--pairs", pairs, "-o", tmp_path / "out", "--site", "layer")
+    output = refused(
+        tmp_path, "steer", model, "--pairs", pairs, "-o", tmp_path / "out", "--site", "ffn", "--site", "layer"
+    )
+    assert "steering at site residual" in output
     assert "read through a norm" in output
     assert "--program-only" in output
 

@@ -32,6 +32,12 @@ DOWN = ("down_proj.weight", "fc2.weight", "mlp.c_proj.weight")
 READ = ("gate_proj.", "up_proj.", "fc1.", "mlp.c_fc.")
 
 
+def vector(gated: Gated) -> Any:
+    """That of the shift within."""
+    assert isinstance(gated.edit, Shift)
+    return gated.edit.vector
+
+
 def shifts(tiny: Tiny, seed: int = 0) -> list[Gated]:
     """A gated shift at every site of every layer."""
     return [gated for gated in gates(tiny, seed) if isinstance(gated.edit, Shift)]
@@ -85,12 +91,12 @@ def test_the_vector_goes_through_the_base_s_projection_and_no_scale_of_rows_reac
     base, width = on_disk(tiny), program(tiny).model.residual
     gated = next(edit for edit in shifts(tiny) if (edit.site, edit.layer) == (site, 1))
     rng = np.random.default_rng(0)
-    k, v = rng.normal(size=len(gated.edit.vector)), rng.normal(size=width)
+    k, v = rng.normal(size=len(vector(gated))), rng.normal(size=width)
     others = (Scale(1, "ffn", range(width), 3.0), Scale(1, "attn", range(width), 5.0), Rank1(1, site, k, v, 1.0))
     written(base, Program.of([*others, gated], model=base), tmp_path / "out")
     facts = live_facts(model := load(base))
-    weight = port(model, facts, 1, site).module.weight
-    c = torch.tensor(gated.edit.vector) / (2 * gated.gate.delta)
+    weight: Any = port(model, facts, 1, site).module.weight
+    c = torch.tensor(vector(gated)) / (2 * gated.gate.delta)
     column = (weight.T if facts.architecture.transposed else weight) @ c
     (down,) = (tensor for key, tensor in stored(tmp_path / "out").items() if ".1." in key and key.endswith(DOWN))
     found = (down.T if facts.architecture.transposed else down)[:, OLD : OLD + 3]
@@ -168,14 +174,14 @@ def test_a_direction_that_is_nearly_constant_stands_for_the_biases(
     tiny = Tiny(architecture, biases=False)
     base, constant = steady(tiny, tmp_path / "base")
     rng = np.random.default_rng(0)
-    vector, gate = rng.normal(size=tiny.residual), Gate(8 * rng.normal(size=tiny.residual), 0.5, 2.0, constant)
-    gated = Gated(Shift(1, "attn", vector), gate)
+    direction, gate = rng.normal(size=tiny.residual), Gate(8 * rng.normal(size=tiny.residual), 0.5, 2.0, constant)
+    gated = Gated(Shift(1, "attn", direction), gate)
     compiled = written(base, made := Program.of([gated], model=base), tmp_path / "out", target)
     model, ids = load(base), tokens()
     plain = logits(model, ids)
     with interpret(model, made):
         meant = logits(model, ids)
-    w, u, c = (torch.tensor(part) for part in (gated.gate.w, gated.gate.constant, gated.edit.vector))
+    w, u, c = (torch.tensor(part) for part in (gated.gate.w, gated.gate.constant, vector(gated)))
 
     def term(h: Tensor) -> Tensor:
         one = h @ u
@@ -219,7 +225,7 @@ def test_two_gated_edits_of_one_layer_lie_side_by_side_and_all_else_is_zero(tmp_
     assert layer["up_proj.bias"][place].tolist() == [1] * 4
     assert not layer["up_proj.weight"][place].any()
     for number, gated in enumerate(edits):
-        column = torch.tensor(gated.edit.vector / (2 * gated.gate.delta))
+        column = torch.tensor(vector(gated) / (2 * gated.gate.delta))
         assert torch.allclose(layer["down_proj.weight"][:, OLD + 2 * number], column)
 
 

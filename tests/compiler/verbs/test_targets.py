@@ -68,9 +68,8 @@ def test_gates_as_json() -> None:
 def test_gates_have_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     rows = CliRunner().invoke(main, ["targets", "transformers"]).stdout.splitlines()
-    columns = {
-        cells[0]: cells[-1] for row in rows if len(cells := [cell.strip() for cell in row.strip("┃│").split("│")])
-    }
+    cells = [[cell.strip() for cell in row.strip("┃│").split("│")] for row in rows]
+    columns = {first: last for first, *_, last in (row for row in cells if row[1:])}
     assert any("gated @ all sites" in row for row in rows)
     assert columns["llama"] == "neurons (shift), fitted neurons, neurons without bias"
     assert columns["qwen3"] == "neurons without bias"
