@@ -166,7 +166,8 @@ def describe(edit: Edit) -> str:
 def _describe_gated(gated: Gated) -> str:
     gate, inner = gated.gate, gated.edit
     neurons = [f"{gated.neurons.count} fitted neurons"] if gated.neurons else []
-    parts = [f"gate {_size('w', gate.w)}, b {gate.b:.4g}, delta {gate.delta:.4g}", *neurons]
+    places = [f"in the place of {len(gated.replaces)} neurons"] if gated.replaces else []
+    parts = [f"gate {_size('w', gate.w)}, b {gate.b:.4g}, delta {gate.delta:.4g}", *neurons, *places]
     return "; ".join([f"{inner.kind} of {describe(inner)}", *parts])
 
 

@@ -18,6 +18,10 @@ WHY: Mapping[Treatment, str] = {
 }
 UNANNOUNCED = "transformers has no {name} in {architecture}, whatever {target} does with it: it would be two models"
 NORMED = "the architecture norms what its projections write, so no bias is a constant shift there"
+FIXED_WIDTH = (
+    "the engine has one width for the FFN of a {architecture}, so a gate's neurons have to take the place of others: "
+    "--neurons reuse"
+)
 SCALED_RESIDUAL = (
     "the residual stream is read through a norm, so no weight of a stock block scales it; --approximate compiles the "
     "nearest that one can do, measured and marked"
@@ -130,7 +134,7 @@ def _gateless(entry: Architecture, row: Row, *, post_norm: bool) -> str:
         return "a norm stands after the FFN, so nothing that a neuron adds is a given vector in the stream"
     if entry.experts is not None:
         return f"{entry.model_type} has mixtures of experts, and a gate needs an FFN of its own"
-    return "" if row.widens else "the engine has one width for the FFN of a {architecture}"
+    return "" if row.widens else FIXED_WIDTH
 
 
 def _by_values(site: str, entry: Architecture, row: Row, *, post_norm: bool) -> Iterator[Lowering]:

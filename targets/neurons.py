@@ -30,10 +30,27 @@ def growths(output: OutputLayout, values: Mapping[str, Part]) -> Iterator[Growth
         parts = output.moved[tensor.name]
         if sum(nbytes_of(tensor.dtype, shape) for _, shape in parts) == tensor.nbytes:
             continue
-        step = tensor.nbytes // len(parts)
-        for number, (name, shape) in enumerate(parts):
-            old = (tensor.shape[0] // len(parts), *tensor.shape[1:])
-            yield Growth(name, tensor, tensor.offset + number * step, old, shape, values.get(name))
+        pieces = [piece for name, shape in parts for piece in _pieces(output, name, shape, values.get(name))]
+        step = tensor.nbytes // len(pieces)
+        for number, (name, shape, part) in enumerate(pieces):
+            old = (tensor.shape[0] // len(pieces), *tensor.shape[1:])
+            yield Growth(name, tensor, tensor.offset + number * step, old, shape, part)
+
+
+def _pieces(
+    output: OutputLayout, name: str, shape: tuple[int, ...], part: Part | None
+) -> Iterator[tuple[str, tuple[int, ...], Part | None]]:
+    """The maps that a tensor of the output fuses, each of which grows by itself, with their parts."""
+    fused = _fused(output, name)
+    for number in range(fused):
+        own = None if part is None else (lambda number=number: np.array_split(part(), fused)[number])
+        yield name, (shape[0] // fused, *shape[1:]), own
+
+
+def _fused(output: OutputLayout, name: str) -> int:
+    """How many maps into neurons a tensor of the output fuses."""
+    reading = (linear for linear in output.form.architecture.inputs if not linear.of_attention)
+    return next((len(linear.outputs) for linear in reading if f".{linear.name}." in name), 1)
 
 
 def filled_biases(output: OutputLayout, values: Mapping[str, Part]) -> dict[str, Part]:
@@ -56,17 +73,21 @@ def neurons_lowering(patch: Patch, output: OutputLayout) -> Iterator[dict[str, A
     first, width = output.base.facts.geometry.neurons, output.form.widened
     grown = {growth.name: growth for growth in growths(output, {})}
     used: dict[str, int] = {}
+
+    def everywhere(name: str, indices: list[int]) -> list[int]:
+        return [number * (first + width) + index for number in range(_fused(output, name)) for index in indices]
+
     for group in groups.values():
         owners = [(edit, neurons.exact) for neurons in group for edit in neurons.edits]
         for name, _, _ in parts_of(group, output):
             used[name] = len(owners)
             for edit, exact in dict.fromkeys(owners):
-                own = [first + index for index, (number, _) in enumerate(owners) if number == edit]
+                own = everywhere(name, [first + index for index, (number, _) in enumerate(owners) if number == edit])
                 axes = _axes(grown[name], own) if name in grown else [own]
                 yield {"edit": edit, "tensor": name, "slice": axes, "exact": exact}
     edit = min(number for group in groups.values() for neurons in group for number in neurons.edits)
     for name, growth in grown.items():
-        zero = list(range(first + used.get(name, 0), first + width))
+        zero = everywhere(name, list(range(first + used.get(name, 0), first + width)))
         yield {"edit": edit, "tensor": name, "slice": _axes(growth, zero), "exact": True}
 
 

@@ -88,6 +88,8 @@ NEAR_ENOUGH = (
 
 
 def _why_near(edit: Edit, target: str) -> str:
+    if isinstance(edit, Gated) and edit.replaces:
+        return f"{edit.count} neurons of the FFN give way to those that carry it, and what they did is lost"
     if isinstance(edit, Gated) and edit.neurons is not None:
         return "what it adds is no fixed vector, and its neurons were fitted to that"
     return f"{target} keeps no bias of the FFN here, and the constant direction of the gate stands for it"

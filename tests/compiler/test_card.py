@@ -1,5 +1,6 @@
 """The model card: what was edited is said, and the base's licence goes along."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def test_of_many_edits_the_first_are_listed_and_the_rest_counted() -> None:
         (
             Gated(Scale(0, "ffn", [2], 0.5), GATED.gate, NEURONS),
             "scale of 1 units (2: x1.5); gate |w| = 13, b 0.5, delta 8; 2 fitted neurons",
+        ),
+        (
+            replace(GATED, replaces=(5, 3)),
+            "shift of |vector| = 5; gate |w| = 13, b 0.5, delta 8; in the place of 2 neurons",
         ),
     ],
 )

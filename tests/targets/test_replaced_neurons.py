@@ -274,8 +274,9 @@ def test_block_by_block_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatc
 # ---- other forms ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("appended", [False, True])
 @pytest.mark.parametrize("name", ["qwen3-unbiased", "phi3"])
-def test_without_biases_a_constant_direction_stands_for_them(name: str, tmp_path: Path) -> None:
+def test_without_biases_a_constant_direction_stands_for_them(name: str, tmp_path: Path, *, appended: bool) -> None:
     """The window of the phi3 keeps it a phi3, whose two maps into neurons are one tensor."""
     base, ids = tmp_path / "base", tokens()
     config = '"sliding_window": 32' if name == "phi3" else ""
@@ -283,6 +284,7 @@ def test_without_biases_a_constant_direction_stands_for_them(name: str, tmp_path
     path = base / "config.json"
     path.write_text(path.read_text().replace('"sliding_window": null', config or '"sliding_window": null'))
     *_, gated = gates(read_facts(base).geometry, constant=True)
+    gated = replace(gated, replaces=()) if appended else gated
     made = compiled(base, tmp_path / "out", Program(read_facts(base).geometry, (gated,)), "sglang")
     assert made.plan.form.architecture.model_type == VARIANTS[name].architecture
     assert stored(base).keys() == stored(tmp_path / "out").keys()
@@ -290,6 +292,11 @@ def test_without_biases_a_constant_direction_stands_for_them(name: str, tmp_path
     with added(model, gated, biased=False):
         expected = logits(model, ids)
     close(logits(load(tmp_path / "out"), ids), expected)
+    shapes = {key: tensor.shape for key, tensor in stored(tmp_path / "out").items()}
+    assert appended == (shapes != {key: tensor.shape for key, tensor in stored(base).items()})
+    for entry in made.plan.lowering:
+        axes = zip(entry["slice"], shapes[entry["tensor"]], strict=True)
+        assert all(axis is None or max(axis) < size for axis, size in axes)
 
 
 def test_an_engine_with_one_width_can_carry_them(tmp_path: Path) -> None:

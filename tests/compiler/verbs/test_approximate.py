@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,18 @@ def test_neurons_that_were_fitted_are_compiled_if_asked_for_and_judged(tmp_path:
         build(str(MODEL), [program(tmp_path, Gated(Scale(1, "ffn", (1, 5), 4.0), gated().gate, nothing))],
               tmp_path / "out", approximate=True, settings=CPU)  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_in_the_place_of_neurons_are_compiled_if_asked_for_and_certified(tmp_path: Path) -> None:
+    source = program(tmp_path, replace(gated(), replaces=(3, 100)))
+    with pytest.raises(Refused, match=r"1 of 1 edits .*\n.*gated shift at layer 2, site attn: 2 neurons .* is lost"):
+        build(str(MODEL), [source], tmp_path / "out")
+    report = build(str(MODEL), [source], tmp_path / "out", approximate=True, settings=CPU)
+    assert report.certificate is not None
+    assert report.certificate.approximate
+    assert report.certificate.passed
+    assert "in the place of 2 neurons" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", base=str(MODEL), settings=CPU).passed
 
 
 def test_with_biases_it_is_exact_whether_asked_for_or_not(tmp_path: Path) -> None:
