@@ -52,7 +52,7 @@ def gates_record(program: Program) -> list[dict[str, Any]]:
             "site": edit.site,
             "b": edit.gate.b,
             "delta": edit.gate.delta,
-            "neurons": edit.neurons.count if edit.neurons else 2,
+            "neurons": edit.count or None,  # null in a form that needs none
             "origin": asdict(edit.gate.origin) if edit.gate.origin else None,
         }
         for number, edit in _gated(program).items()

@@ -28,10 +28,16 @@ def gate_neurons(program: Program, facts: ModelFacts, form: ModelForm) -> tuple[
         if isinstance(edit, Gated):
             neurons = _neurons(number, edit)
             biased = form.routes.get((edit.layer, "ffn_out")) == "bias" or facts.has_bias(facts.architecture.ffn_out)
-            neurons = neurons if biased else _without_bias(neurons, edit.gate)
+            neurons = neurons if biased or not needs_bias(edit) else _without_bias(neurons, edit.gate)
             # What they replace is lost, which no edit asked for.
             found.append(replace(neurons, places=edit.replaces, exact=neurons.exact and not edit.replaces))
     return tuple(found)
+
+
+def needs_bias(gated: Gated) -> bool:
+    """Whether its neurons have biases: the two of a shift do, those that were fitted only if they were given any."""
+    fitted = gated.neurons
+    return fitted is None or bool(fitted.gate_bias.any() or fitted.up_bias.any())
 
 
 def most_neurons(edits: Iterable[Edit]) -> int:

@@ -14,7 +14,7 @@ from austeer.compiler.patch import Role
 from austeer.compiler.program import Program
 from austeer.compiler.reexpress import carriers, reexpression
 from austeer.compiler.target import Target, of_any_width
-from austeer.passes.gate_neurons import most_neurons, named_neurons, replaced
+from austeer.passes.gate_neurons import most_neurons, named_neurons, needs_bias, replaced
 from austeer.passes.lowerings import Lowering, biasless, lowerings, unkept, why_not
 
 WAY_OUT = (
@@ -90,7 +90,7 @@ def _in_carrier(carrier: str, places: Places, facts: ModelFacts, target: Target)
 
 def _without_bias(program: Program, form: ModelForm) -> int:
     """How many gates have to do without the biases of their neurons."""
-    gated = (edit for edit in program.edits if isinstance(edit, Gated))
+    gated = (edit for edit in program.edits if isinstance(edit, Gated) and needs_bias(edit))
     return sum(form.routes.get((edit.layer, "ffn_out")) != "bias" for edit in gated)
 
 
@@ -137,6 +137,8 @@ def _lowerings(edit: Edit, facts: ModelFacts, target: Target) -> list[Lowering]:
     found = lowerings(type(edit), edit.site, architecture, target, post_norm=facts.post_norm)
     if isinstance(found, str):
         return []
+    if isinstance(edit, Gated) and not needs_bias(edit):
+        return [lowering for lowering in found if not lowering.route]
     if isinstance(edit, Gated) and not len(edit.gate.constant) and not facts.has_bias(facts.architecture.ffn_out):
         return [lowering for lowering in found if lowering.route]
     return found

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.pairs import read_pairs, read_texts, split_by_prompt
 from austeer.compiler.tokens import PairTokens, encode_pairs, encode_texts
 from austeer.passes.components import Components
+from austeer.passes.in_gates import InGates
 from austeer.passes.localize import Scores, localize
 from austeer.passes.reach import Trial
 from austeer.passes.search import Search, Terms, best_of, search
@@ -81,9 +82,11 @@ def test_the_table_is_what_measuring_again_gives() -> None:
 
 
 def test_sites_and_gates_are_searched_together() -> None:
-    plain = space("ffn", "heads")
-    gates = {"open": lambda program: program, "shut": lambda program: replace(program, edits=())}
-    found = run(replace(plain, gates=gates), Terms(0.05, trials=16))
+    gates: dict[str, Callable[[Program], Program]] = {
+        "open": lambda program: program,
+        "shut": lambda program: replace(program, edits=()),
+    }
+    found = run(InGates(space("ffn", "heads"), gates), Terms(0.05, trials=16))
     tried = {(trial.point["site"], trial.point["gate"]) for trial in found.table}
     assert tried == {(site, gate) for site in ("ffn", "heads") for gate in gates}
     for trial in found.table:

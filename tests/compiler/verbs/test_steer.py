@@ -91,7 +91,7 @@ def test_of_several_sites_the_search_chooses_one(several: tuple[Path, Steering])
     assert {trial.point["site"] for trial in found.table} == {"heads", "ffn"}
     assert {edit.site for edit in report.program.edits} == {report.site} == {report.choice.site}
     record = json.loads(json.dumps(report.plain(), allow_nan=False))
-    assert record["search"]["table"][0]["point"] == {"site": "ffn", "gate": "", "k": 8}
+    assert record["search"]["table"][0]["point"] == {"site": "ffn", "k": 8}
 
 
 def test_a_kept_search_goes_on_and_is_refused_for_other_pairs(several: tuple[Path, Steering], tmp_path: Path):
