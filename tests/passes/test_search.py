@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from austeer.passes.components import Components
 from austeer.passes.in_gates import InGates
 from austeer.passes.localize import Scores, localize
 from austeer.passes.reach import Trial
-from austeer.passes.search import Search, Terms, best_of, search
+from austeer.passes.search import Search, Space, Terms, best_of, search
 from austeer.passes.study import ROUND
 from tests.shared import shared, tiny
 
@@ -50,7 +50,7 @@ class Judge:
         return effects(tiny("llama"), held, programs, 200)
 
 
-def run(where: Components, terms: Terms, judge: Judge | None = None) -> Search:
+def run(where: Space, terms: Terms, judge: Judge | None = None) -> Search:
     return search(tiny("llama"), where, judge or Judge(), NEUTRAL, terms, batch_tokens=200)
 
 
