@@ -17,7 +17,7 @@ from austeer.compiler.measure import Effect, drifts, effects
 from austeer.compiler.pairs import read_pairs, read_texts, split_by_prompt
 from austeer.compiler.tokens import PairTokens, encode_pairs, encode_texts
 from austeer.passes.components import Components
-from austeer.passes.in_gates import InGates
+from austeer.passes.in_gates import InGates, Variant
 from austeer.passes.localize import Scores, localize
 from austeer.passes.reach import Trial
 from austeer.passes.search import Search, Space, Terms, best_of, search
@@ -82,7 +82,7 @@ def test_the_table_is_what_measuring_again_gives() -> None:
 
 
 def test_sites_and_gates_are_searched_together() -> None:
-    gates: dict[str, Callable[[Program], Program]] = {
+    gates: dict[str, Variant] = {
         "open": lambda program: program,
         "shut": lambda program: replace(program, edits=()),
     }
