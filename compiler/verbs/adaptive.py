@@ -76,7 +76,7 @@ class Gating:
     @property
     def variants(self) -> dict[str, Callable[[Program], Program]]:
         """A program with its edits gated, by what a search calls the gates."""
-        return {f"{share:.0%} closed": partial(self.gated, variant=n) for n, share in enumerate(SHARES)}
+        return {_name(share): partial(self.gated, variant=n) for n, share in enumerate(SHARES)}
 
     def gated(self, program: Program, variant: int) -> Program:
         """The program's edits in the gates of their layers; one in a layer without a gate is left out."""
@@ -177,8 +177,29 @@ def _held_out(fit: GateFit, side: Contexts, used: Collection[PairTokens], *, wan
 
 
 def _record(fit: GateFit) -> dict[str, Any]:
-    """For the manifest: how the gates were fitted."""
-    return {"auc": fit.auc, "when": asdict(fit.when), "unless": asdict(fit.unless)}
+    """For report and manifest: how the gates were fitted; of each layer one for each share of closed tokens."""
+    gates = [
+        {"layer": layer, "gate": _name(share), **_figures(fitted)}
+        for layer, variants in fit.gates.items()
+        for share, fitted in zip(SHARES, variants, strict=True)
+    ]
+    return {"auc": dict(fit.auc), "when": asdict(fit.when), "unless": asdict(fit.unless), "gates": gates}
+
+
+def _name(share: float) -> str:
+    return f"{share:.0%} closed"
+
+
+def _figures(fitted: FittedGate) -> dict[str, Any]:
+    """All but the gate itself."""
+    return {
+        "threshold": fitted.threshold,
+        "open_when": asdict(fitted.when),
+        "open_unless": asdict(fitted.unless),
+        "reach": fitted.reach,
+        "rounding": {dtype: asdict(error) for dtype, error in fitted.rounding.items()},
+        "constant_residual": fitted.constant_residual,
+    }
 
 
 def _fit_note(found: Distilled) -> str:

@@ -40,7 +40,7 @@ TRIALS, TRIALS_PER_PLACE = 16, 8
 class Choice:
     """Where and how many components, how strongly, the drift that this costs, and the search that chose them.
 
-    For Steer2Edit also the elastic net that says the same.
+    For Steer2Edit also the elastic net that says the same; `gate` names the gates, if there are any.
     """
 
     site: str
@@ -50,6 +50,7 @@ class Choice:
     search: Search | None = None
     rho: float | None = None
     l1_ratio: float | None = None
+    gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,15 @@ def _choose(
     if goal.complete:
         program, point, alpha = _given(space, goal)
         (drift,) = drifts(model, plain, [program], batch_tokens)
-        choice = Choice(point.get("site", goal.place), space.size(point), alpha, drift)
+        choice = Choice(point.get("site", goal.place), space.size(point), alpha, drift, gate=point.get(GATE, ""))
     else:
         judge = partial(effects if goal.method.rank else fidelities, model, held_out, batch_tokens=batch_tokens)
         found = search(model, space, judge, plain, terms, batch_tokens=batch_tokens)
         if found.best is None:
             raise CheckFailed(_no_help(found, goal))
         point, alpha = found.best.point, found.best.alpha
-        choice = Choice(point.get("site", goal.place), space.size(point), alpha, found.best.drift, found)
+        site, gate = point.get("site", goal.place), point.get(GATE, "")
+        choice = Choice(site, space.size(point), alpha, found.best.drift, found, gate=gate)
         program = space.program(point, alpha)
     return program, _with_penalty(choice, space, goal)
 

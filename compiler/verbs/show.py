@@ -14,7 +14,6 @@ from austeer.compiler.card import describe
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.engine_check import EngineCheck
 from austeer.compiler.gate_check import SideCheck
-from austeer.compiler.gates import Gated
 from austeer.compiler.measure import Score
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES, SiteName
@@ -72,7 +71,7 @@ def _(report: Steering) -> None:
         f"drift {choice.drift:.4f} nats per token"
     )
     _approximations(report.approximations)
-    _gates(report.program)
+    _gates(report)
     _sides(report.sides)
     _end(report.out, report.certificate, report.notes)
 
@@ -239,18 +238,26 @@ def _approximations(found: Approximations | None) -> None:
     _console().print("Approximate: no stock block carries a scale at site residual exactly.")
 
 
-def _gates(program: Program) -> None:
-    origins = {
-        (edit.layer, edit.gate.origin): None
-        for edit in program.edits
-        if isinstance(edit, Gated) and edit.gate.origin is not None
-    }
+def _gates(report: Steering) -> None:
+    """The gates that were chosen, of the layers that were edited."""
+    if report.gating is None:
+        return
+    layers = {edit.layer for edit in report.program.edits}
     rows = [
-        (layer, f"{origin.auc:.3f}", f"{origin.open_when:.1%}", f"{origin.open_unless:.1%}")
-        for layer, origin in origins
+        (
+            gate["layer"],
+            f"{report.gating['auc'][gate['layer']]:.3f}",
+            f"{gate['threshold']:.2f}",
+            f"{gate['open_when']['open']:.1%}",
+            f"{gate['open_unless']['open']:.1%}",
+            f"{gate['rounding']['bfloat16']['largest']:.1g}",
+            f"{gate['constant_residual']:.2g}",
+        )
+        for gate in report.gating["gates"]
+        if gate["gate"] == report.choice.gate and gate["layer"] in layers
     ]
-    if rows:
-        _table("Gates, on texts held out from their fit", ("layer", "AUC", "open, when", "open, unless"), rows)
+    columns = ("layer", "AUC", "threshold", "open, when", "open, unless", "bfloat16 off by", "no constant by")
+    _table("Gates, on texts held out from their fit (threshold in log-odds)", columns, rows)
 
 
 def _sides(sides: Mapping[str, SideCheck]) -> None:

@@ -35,7 +35,7 @@ class Steering:
     """The program found, how it was chosen, and the certificate of the checkpoint (None with program_only).
 
     `approximations` where one had to be chosen; `sides`: what the compiled model does where gates are to open and
-    where not.
+    where not; `gating`: how the gates and their neurons were fitted.
     """
 
     out: str | None
@@ -47,6 +47,7 @@ class Steering:
     notes: tuple[str, ...]
     approximations: Approximations | None = None
     sides: Mapping[str, SideCheck] = field(default_factory=dict[str, SideCheck])
+    gating: dict[str, Any] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -59,6 +60,7 @@ class Steering:
             **_plain(self.choice),
             "approximations": self.approximations.plain() if self.approximations else None,
             "gates": gates_record(self.program),
+            "gating": self.gating,
             "sides": {name: found.plain() for name, found in self.sides.items()},
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
@@ -265,7 +267,8 @@ def _plain(choice: Choice) -> dict[str, Any]:
     """For report and manifest; the terms of the elastic net only where there is one."""
     penalty = {"rho": choice.rho, "l1_ratio": choice.l1_ratio} if choice.rho is not None else {}
     search = asdict(choice.search) if choice.search else None
-    return {"top_k": choice.k, "alpha": choice.alpha, **penalty, "drift": choice.drift, "search": search}
+    gate = {"gate": choice.gate} if choice.gate else {}
+    return {"top_k": choice.k, "alpha": choice.alpha, **penalty, **gate, "drift": choice.drift, "search": search}
 
 
 def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -> dict[str, Any]:
@@ -288,5 +291,6 @@ def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -
 def _report(
     out: Path, method: str, finding: Finding, certificate: Certificate | None, notes: tuple[str, ...]
 ) -> Steering:
-    choice = finding.choice
-    return Steering(str(out), finding.program, method, choice.site, choice, certificate, (*finding.notes, *notes))
+    choice, gating = finding.choice, finding.gating.record if finding.gating else None
+    notes = (*finding.notes, *notes)
+    return Steering(str(out), finding.program, method, choice.site, choice, certificate, notes, gating=gating)

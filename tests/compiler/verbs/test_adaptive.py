@@ -82,6 +82,9 @@ def test_both_sides_are_measured_and_written_down(steered: Steering) -> None:
     record = manifest["steer"]["gating"]
     assert record["when"]["held_out_texts"] == 40
     assert all(0 < entry["held_out_r2"] < 1 for entry in record["distilled"])
+    assert {entry["gate"] for entry in record["gates"]} == {"95% closed", "99% closed", "90% closed"}
+    assert all(0 < entry["rounding"]["bfloat16"]["largest"] < 0.05 for entry in record["gates"])
+    assert manifest["steer"]["gate"] == "95% closed"
     assert "## Where it acts" in card
     assert steered.certificate is not None
     assert steered.certificate.approximate
@@ -208,7 +211,7 @@ def test_on_the_command_line(unless: Path, tmp_path: Path) -> None:
          "--alpha", "2", "--gate-neurons", "16", "--device", "cpu"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "Gates, on texts held out from their fit" in done.stdout
+    assert "Gates, on texts held out from their fit (threshold in log-odds)" in done.stdout
     assert "The compiled model, on those texts" in done.stdout
     assert Program.load(tmp_path / "out" / PROGRAM).edits
 
