@@ -1,6 +1,6 @@
 """Neurons in the place of others on the tensors of a checkpoint: rows and columns given anew, in shapes that stay."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -100,7 +100,7 @@ def replaced_neurons(patch: Patch, output: OutputLayout) -> tuple[Replaced, ...]
 def with_replaced(jobs: Sequence[Job], output: OutputLayout, replaced: Sequence[Replaced]) -> list[Job]:
     """The jobs and those of the replaced neurons; what changes the same tensor is one job, the neurons' part last."""
     made = {job.name: job for job in jobs}
-    origins = _origins(output)
+    origins = _origins(output, {part.name for part in replaced})
     for part in replaced:
         if part.name in origins:
             made[part.name] = _job(part, made.get(part.name), *origins[part.name])
@@ -127,12 +127,12 @@ def replaced_lowering(replaced: Sequence[Replaced]) -> Iterator[dict[str, Any]]:
 Origin: TypeAlias = tuple[TensorInfo, int, tuple[int, ...]]
 
 
-def _origins(output: OutputLayout) -> dict[str, Origin]:
-    """For each tensor of the output that comes from the base: from which, where it begins, its stored shape."""
+def _origins(output: OutputLayout, names: Collection[str]) -> dict[str, Origin]:
+    """For each of these tensors that comes from the base: from which, where it begins, its stored shape."""
     found: dict[str, Origin] = {}
     for tensor in output.base.checkpoint.tensors.values():
         parts = output.moved[tensor.name]
-        for number, (name, _) in enumerate(parts):
+        for number, name in ((number, name) for number, (name, _) in enumerate(parts) if name in names):
             start = tensor.offset + number * (tensor.nbytes // len(parts))
             found[name] = tensor, start, (tensor.shape[0] // len(parts), *tensor.shape[1:])
     return found

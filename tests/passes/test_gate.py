@@ -67,7 +67,7 @@ def parts(of: tuple[GateText, ...], *, held: bool, wanted: bool) -> list[Tokens]
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gates_open_in_the_texts_they_are_for(name: str) -> None:
-    for layer, one in fitted(name).gates.items():
+    for layer, (one,) in fitted(name).gates.items():
         assert one.auc > 0.8, layer
         assert one.when.open > 0.4 > 0.3 > one.unless.open
         assert one.when.mean > 0.5 > 0.3 > one.unless.mean
@@ -77,7 +77,7 @@ def test_gates_open_in_the_texts_they_are_for(name: str) -> None:
 def test_figures_are_those_of_the_held_out_texts(name: str) -> None:
     model = tiny(name)
     divided, _ = split_texts(WHEN, UNLESS, seed=3)
-    for layer, one in fitted(name).gates.items():
+    for layer, (one,) in fitted(name).gates.items():
         for wanted, figures in ((True, one.when), (False, one.unless)):
             _, g = judged(model, one, layer, parts(divided, held=True, wanted=wanted))
             assert figures.tokens == len(g)
@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_held_out_texts(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gates_saturate_on_both_sides(name: str) -> None:
-    for layer, one in fitted(name).gates.items():
+    for layer, (one,) in fitted(name).gates.items():
         z, g = judged(tiny(name), one, layer, WHEN + UNLESS)
         assert np.abs(z).max() <= REACH * DELTA * (1 + 1e-4)
         assert max(map(abs, one.reach)) == pytest.approx(REACH * DELTA, rel=1e-4)
@@ -100,7 +100,7 @@ def test_gates_saturate_on_both_sides(name: str) -> None:
 def test_the_threshold_closes_as_many_tokens_as_asked(closed: float) -> None:
     model = tiny("llama")
     divided, _ = split_texts(WHEN, UNLESS, seed=3)
-    for layer, one in fit(model, closed=closed).gates.items():
+    for layer, (one,) in fit(model, closed=[closed]).gates.items():
         z, _ = judged(model, one, layer, parts(divided, held=False, wanted=False))
         assert (z <= 1e-3).mean() >= closed > (z <= -1e-3).mean() - 1 / len(z)
 
@@ -110,8 +110,8 @@ def test_held_out_texts_decide_nothing_but_the_scale() -> None:
     others = texts(range(30, 60), 60, seed=9)
     changed = [other if text.part == 0 else text.tokens for text, other in zip(divided, others, strict=True)]
     before, after = fitted("llama"), fit_or_none(changed)
-    for layer, one in after.gates.items():
-        first = before.gates[layer]
+    for layer, (one,) in after.gates.items():
+        (first,) = before.gates[layer]
         assert one.threshold == pytest.approx(first.threshold, rel=1e-4)
         assert np.allclose(one.gate.w / one.gate.b, first.gate.w / first.gate.b, rtol=1e-3)
         assert one.auc != first.auc
@@ -126,15 +126,15 @@ def fit_or_none(changed: list[Tokens]) -> GateFit:
 
 def test_the_seed_decides_all() -> None:
     first, again, other = fitted("llama"), fit(tiny("llama")), fit(tiny("llama"), seed=4)
-    for layer, one in first.gates.items():
-        assert one.gate.w.tobytes() == again.gates[layer].gate.w.tobytes()
-        assert one.gate.b == again.gates[layer].gate.b
-        assert one.rounding == again.gates[layer].rounding
-        assert one.gate.w.tobytes() != other.gates[layer].gate.w.tobytes()
+    for layer, (one,) in first.gates.items():
+        assert one.gate.w.tobytes() == again.gates[layer][0].gate.w.tobytes()
+        assert one.gate.b == again.gates[layer][0].gate.b
+        assert one.rounding == again.gates[layer][0].rounding
+        assert one.gate.w.tobytes() != other.gates[layer][0].gate.w.tobytes()
 
 
 def test_sixteen_bits_cost_little_and_bfloat16_the_most() -> None:
-    for one in fitted("llama").gates.values():
+    for (one,) in fitted("llama").gates.values():
         assert 0 < one.rounding["float16"].largest < one.rounding["bfloat16"].largest < 0.05
         assert all(rounding.mean < rounding.largest for rounding in one.rounding.values())
 
@@ -143,7 +143,7 @@ def test_sixteen_bits_cost_little_and_bfloat16_the_most() -> None:
 def test_the_constant_direction_is_as_constant_as_it_says(name: str) -> None:
     divided, _ = split_texts(WHEN, UNLESS, seed=3)
     held = parts(divided, held=True, wanted=True) + parts(divided, held=True, wanted=False)
-    for layer, one in fitted(name).gates.items():
+    for layer, (one,) in fitted(name).gates.items():
         h = torch.cat([inputs(tiny(name), layer, text)[1:] for text in held])
         residual = (h @ torch.tensor(one.gate.constant) - 1).square().mean().sqrt()
         assert one.constant_residual == pytest.approx(float(residual), rel=1e-2, abs=1e-4)
@@ -210,7 +210,7 @@ def test_mixtures_of_experts() -> None:
 @pytest.mark.parametrize("closed", [0.4, 1.0, float("nan")])
 def test_a_share_that_no_threshold_has(closed: float) -> None:
     with pytest.raises(UsageError, match="closed tokens"):
-        fit(tiny("llama"), closed=closed)
+        fit(tiny("llama"), closed=[closed])
 
 
 # ---- texts and tokens -------------------------------------------------------------------
@@ -278,6 +278,14 @@ def test_narration_and_speech_on_a_story_model() -> None:
     when, unless = (encode_texts(tokenizer, side, 200)[0] for side in (told, [text for text in said if len(text) > 26]))
     found = fit(model, list(when), list(unless), layers=(0, 4), batch_tokens=4096)
     assert list(found.gates) == [4]
-    assert found.gates[4].auc > 0.94
-    assert found.gates[4].when.open > 0.75
-    assert found.gates[4].unless.open < 0.1
+    assert found.gates[4][0].auc > 0.94
+    assert found.gates[4][0].when.open > 0.75
+    assert found.gates[4][0].unless.open < 0.1
+
+
+def test_several_shares_are_one_probe_with_several_thresholds() -> None:
+    for gates in fit(tiny("llama"), closed=[0.6, 0.95]).gates.values():
+        low, high = gates
+        assert low.auc == high.auc
+        assert low.threshold < high.threshold
+        assert low.unless.open > high.unless.open
