@@ -1,7 +1,7 @@
 """The adaptive part of steering: gates fitted to texts, and neurons that let a gated edit through."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,7 @@ def fit_gating(
     )  # fmt: skip
     held = {name: _held_out(fit, side, used, wanted=name == "when") for name, side in sides.items()}
     calibration = tuple(text.tokens for text in fit.texts if text.part)
-    notes = tuple(note for side in sides.values() for note in side.notes)
+    notes = (*(note for side in sides.values() for note in side.notes), *_left_out(fit))
     hashes = {name: side.sha256 for name, side in sides.items()}
     return Gating(fit.gates, hashes, held, calibration, _record(fit), (*notes, *fit.notes))
 
@@ -174,6 +174,12 @@ def _held_out(fit: GateFit, side: Contexts, used: Collection[PairTokens], *, wan
     texts = [text.tokens for text in fit.texts if text.wanted is wanted and not text.part]
     pairs = (side.pairs[text] for text in texts if text in side.pairs)
     return Side(tuple(take_tokens(texts, CHECKED_TOKENS)), tuple(pair for pair in pairs if pair not in used))
+
+
+def _left_out(fit: GateFit) -> Iterator[str]:
+    without = ", ".join(f"{layer} ({auc:.2f})" for layer, auc in fit.auc.items() if layer not in fit.gates)
+    if without:
+        yield f"nothing is edited in layers that do not tell the texts apart: {without}, held-out AUC by token"
 
 
 def _record(fit: GateFit) -> dict[str, Any]:
