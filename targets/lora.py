@@ -7,6 +7,7 @@ nothing.
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def load(folder: Path, base: Path, *, dtype: str = "auto", device: str = "auto")
     Raises UsageError where PEFT is not installed, CheckpointError where the two do not fit.
     """
     try:
-        from peft import PeftModel
+        peft: Any = import_module("peft")
     except ImportError:
         raise UsageError("an adapter is run by PEFT, which is not installed: pip install peft") from None
     model = load_model(base, dtype=dtype, device=device)
@@ -143,7 +144,7 @@ def load(folder: Path, base: Path, *, dtype: str = "auto", device: str = "auto")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not the user's
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-            attached = PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
+            attached = peft.PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise CheckpointError(f"{folder}: PEFT cannot attach this adapter to {base.name}: {error}") from error
     served: Any = attached.get_base_model()
