@@ -25,8 +25,8 @@ class Port(NamedTuple):
 
 
 def live_facts(model: "PreTrainedModel") -> ModelFacts:
-    """The facts of a live model, from its own configuration."""
-    return facts_of(model.config.name_or_path or "the model", model.config.to_dict())
+    """The facts of a live model, from its own configuration, named after its folder: paths are nobody's business."""
+    return facts_of(Path(model.config.name_or_path or "").name or "the model", model.config.to_dict())
 
 
 def block_of(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> "nn.Module":

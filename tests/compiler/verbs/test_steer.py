@@ -48,6 +48,7 @@ def test_the_manifest_records_the_search_and_no_text_or_path(searched: Steering)
     text = (Path(searched.out) / MANIFEST).read_text()
     assert str(Path(searched.out).parent) not in text
     assert str(MODEL.parent) not in text
+    assert Program.load(Path(str(searched.out)) / PROGRAM).model.name == MODEL.name
     assert not any(pair.prompt in text for pair in read_pairs(PAIRS))
 
 
