@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from austeer.compiler.gate_check import SideCheck
-from austeer.compiler.gates import Gated, Origin
+from austeer.compiler.gates import Origin
 from austeer.compiler.program import Program
 
 SECTION = """\
@@ -33,7 +33,7 @@ UNKNOWN = "not fitted to texts: where it opens, nobody has measured | | | |"
 
 def gates_section(program: Program, sides: Mapping[str, SideCheck]) -> str:
     """The section of the card, or nothing where the program has no gate; `sides` are what was measured, by name."""
-    gated = _gated(program)
+    gated = program.gated
     rows: dict[tuple[int, Origin | None], list[int]] = {}
     for number, edit in gated.items():
         rows.setdefault((edit.layer, edit.gate.origin), []).append(number)
@@ -55,7 +55,7 @@ def gates_record(program: Program) -> list[dict[str, Any]]:
             "neurons": edit.count or None,  # null in a form that needs none
             "origin": asdict(edit.gate.origin) if edit.gate.origin else None,
         }
-        for number, edit in _gated(program).items()
+        for number, edit in program.gated.items()
     ]
 
 
@@ -68,10 +68,6 @@ def _figures(found: SideCheck) -> str:
     accuracies = (f"{effect.accuracy:.3f}" if effect else "-" for effect in (found.effect, found.base_effect))
     least, most = found.open_range
     return f"{' | '.join(accuracies)} | {least:.1%} to {most:.1%}"
-
-
-def _gated(program: Program) -> dict[int, Gated]:
-    return {number: edit for number, edit in enumerate(program.edits) if isinstance(edit, Gated)}
 
 
 def _row(origin: Origin | None) -> str:

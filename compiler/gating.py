@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.gates import Gate, Gated
-from austeer.compiler.hooked import Placed, widen
-from austeer.compiler.live import Port, activation_of, block_of, ffn_input, output_norm, port
+from austeer.compiler.hooked import Placed, first_of, widen, with_first
+from austeer.compiler.live import activation_of, block_of, ffn_input, output_norm, port
+from austeer.compiler.watch import seeing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +42,9 @@ def watch_gated(
     """
     term = _Term(edit, model, facts)
 
-    def after(_module: Any, _inputs: Any, output: Any) -> None:
-        see(term.added_to(_first(output)))
-
+    block = port(model, facts, edit.layer, "residual")
     with ExitStack() as hooks:
-        for handle in (*term.hooks(model, facts), block_of(model, facts, edit.layer).register_forward_hook(after)):
+        for handle in (*term.hooks(model, facts), seeing(block, lambda output: see(term.added_to(output)))):
             hooks.callback(handle.remove)
         yield
 
@@ -73,13 +72,13 @@ class _Term:
     def __init__(self, edit: Gated, model: "PreTrainedModel", facts: ModelFacts) -> None:
         self.edit = edit.edit
         self.value = gate_value(edit.gate, activation_of(facts))
-        self.change = _contribution(self.edit)
+        self.change = contribution(self.edit)
         self.place = port(model, facts, edit.layer, edit.site)
         self.norm: Any = output_norm(model, facts, edit.layer, edit.site)
 
     def hooks(self, model: "PreTrainedModel", facts: ModelFacts) -> Iterator[Any]:
         """What sees the gate and the contribution. Those at the block's own output are made there."""
-        yield _before(ffn_input(model, facts, self.edit.layer), self.see_gate)
+        yield seeing(ffn_input(model, facts, self.edit.layer), self.see_gate)
         if self.edit.site == "residual":
             return
         module = self.place.module
@@ -112,24 +111,15 @@ class _Term:
 
 
 def _with_sum(terms: Sequence[_Term], output: Any) -> Any:
-    x = _first(output)
-    total = (widen(x) + sum(term.added_to(x) for term in terms)).to(x.dtype)
-    return (total, *output[1:]) if isinstance(output, tuple) else total
-
-
-def _first(output: Any) -> "Tensor":
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _before(place: Port, see: "Callable[[Tensor], None]") -> Any:
-    return place.module.register_forward_pre_hook(lambda _, args: see(args[0]))
+    x = first_of(output)
+    return with_first(output, (widen(x) + sum(term.added_to(x) for term in terms)).to(x.dtype))
 
 
 def _after(module: Any, see: "Callable[[Tensor, Tensor], None]") -> Any:
     return module.register_forward_hook(lambda _, inputs, output: see(inputs[0], output))
 
 
-def _contribution(edit: Edit) -> Change:
+def contribution(edit: Edit) -> Change:
     """What an edit adds to the activation of its site, or, of rank 1, to the output of the projection."""
     import torch
 

@@ -1,6 +1,6 @@
 """What hooks that compute with constants share."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,6 +11,16 @@ def widen(x: "Tensor") -> "Tensor":
     import torch
 
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def first_of(output: Any) -> "Tensor":
+    """What a module gives, or its first part where that is a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, first: "Tensor") -> Any:
+    """What a module gives, with another first part."""
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 class Placed:

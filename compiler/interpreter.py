@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from austeer.compiler.edits import Edit, Rank1, Scale, Shift
 from austeer.compiler.gates import Gated
-from austeer.compiler.gating import gate_block
-from austeer.compiler.hooked import Placed, widen
+from austeer.compiler.gating import contribution, gate_block
+from austeer.compiler.hooked import Placed, first_of, widen, with_first
 from austeer.compiler.live import live_facts, port
 from austeer.compiler.sites import SITES
 
@@ -53,18 +53,13 @@ def _hook(place: Any, edits: list[Edit]) -> Iterator[Any]:
     if changes and place.side == "input":
         yield place.module.register_forward_pre_hook(lambda _, args: (_apply(changes, args[0]), *args[1:]))
     elif changes:
-        yield place.module.register_forward_hook(lambda _, __, output: _on_first(changes, output))
+        yield place.module.register_forward_hook(
+            lambda _, __, output: with_first(output, _apply(changes, first_of(output)))
+        )
     # A forward hook sees the inputs that the pre-hook above has changed: what the projection receives.
     for edit in edits:
         if isinstance(edit, Rank1):
             yield place.module.register_forward_hook(_rank1(edit))
-
-
-def _on_first(changes: list[Change], output: Any) -> Any:
-    """The changes applied to a module's output, or to its first part where it is a tuple."""
-    if isinstance(output, tuple):
-        return (_apply(changes, output[0]), *output[1:])
-    return _apply(changes, output)
 
 
 def _apply(changes: list[Change], x: "Tensor") -> "Tensor":
@@ -86,12 +81,9 @@ def _change(edit: Edit) -> Change:
 
 
 def _rank1(edit: Rank1) -> Callable[..., "Tensor"]:
-    import torch
-
-    k, v = Placed(torch.tensor(edit.k)), Placed(edit.strength * torch.tensor(edit.v))
+    added = contribution(edit)
 
     def hook(_: Any, inputs: tuple["Tensor", ...], output: "Tensor") -> "Tensor":
-        x = widen(inputs[0])
-        return (widen(output) + (x @ k.on(x).to(x.dtype))[..., None] * v.on(x)).to(output.dtype)
+        return (widen(output) + added(widen(inputs[0]))).to(output.dtype)
 
     return hook

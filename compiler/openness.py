@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from austeer.compiler.forward import run_texts
-from austeer.compiler.gates import Gated
 from austeer.compiler.gating import gate_value
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import activation_of, ffn_input, live_facts
@@ -45,9 +44,8 @@ def open_rates(
     """
     facts = live_facts(model)
     act = activation_of(facts)
-    gated = {number: edit for number, edit in enumerate(program.edits) if isinstance(edit, Gated)}
-    seen = {number: _Seen(gate_value(edit.gate, act)) for number, edit in gated.items()}
-    places = [(ffn_input(model, facts, edit.layer), seen[number].see) for number, edit in gated.items()]
+    seen = {number: _Seen(gate_value(edit.gate, act)) for number, edit in program.gated.items()}
+    places = [(ffn_input(model, facts, edit.layer), seen[number].see) for number, edit in program.gated.items()]
     packed = list(batches(texts, batch_tokens))
     with interpret(model, program), watching(places):
         for batch in track(packed, "Counting open gates", len(packed)):

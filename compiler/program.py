@@ -52,6 +52,11 @@ class Program:
         geometry = model if isinstance(model, Geometry) else read_facts(Path(model)).geometry
         return Program(geometry, tuple(edits))
 
+    @property
+    def gated(self) -> dict[int, Gated]:
+        """The gated edits, by their numbers."""
+        return {number: edit for number, edit in enumerate(self.edits) if isinstance(edit, Gated)}
+
     @cached_property
     def sha256(self) -> str:
         """Identity: the hash of geometry and edits, independent of file layout and of the model's name."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from austeer.compiler.hooked import first_of
 from austeer.compiler.live import Port, live_facts, port
 from austeer.compiler.sites import SiteName
 
@@ -28,15 +29,13 @@ def watching(watched: Iterable[tuple[Port, See]]) -> Generator[None]:
     """Within the context, each function is shown every activation that passes its port."""
     with ExitStack() as hooks:
         for place, see in watched:
-            hooks.callback(_hook(place, see).remove)
+            hooks.callback(seeing(place, see).remove)
         yield
 
 
-def _hook(place: Port, see: See) -> Any:
+def seeing(place: Port, see: See) -> Any:
+    """The hook that shows a function every activation that passes a port."""
     if place.side == "input":
         return place.module.register_forward_pre_hook(lambda _, args: see(args[0]))
 
-    def after(_module: Any, _inputs: Any, output: Any) -> None:
-        see(output[0] if isinstance(output, tuple) else output)
-
-    return place.module.register_forward_hook(after)
+    return place.module.register_forward_hook(lambda _, __, output: see(first_of(output)))

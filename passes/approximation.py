@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from austeer.compiler.errors import Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.form import ModelForm
-from austeer.compiler.gates import Gated
 from austeer.compiler.patch import Patch
 from austeer.compiler.program import Program
 from austeer.compiler.target import Target
@@ -37,7 +36,7 @@ def approximations(program: Program, facts: ModelFacts, target: Target) -> list[
 
 
 def _refuse_gates(program: Program) -> None:
-    gated = next((edit for edit in program.edits if isinstance(edit, Gated)), None)
+    gated = next(iter(program.gated.values()), None)
     if gated is not None:
         raise Refused(
             f"{gated.where}: the approximations of a scale at site residual change what the gate reads, or how wide "

@@ -95,8 +95,7 @@ class _Case:
 
 def _wanting(program: Program) -> dict[int, Gated]:
     """The gated edits that two neurons do not do exactly, by number."""
-    gated = {number: edit for number, edit in enumerate(program.edits) if isinstance(edit, Gated)}
-    return {number: edit for number, edit in gated.items() if not isinstance(edit.edit, Shift)}
+    return {number: edit for number, edit in program.gated.items() if not isinstance(edit.edit, Shift)}
 
 
 def _share(program: Program, edit: Gated, facts: ModelFacts, neurons: int) -> int:
@@ -105,7 +104,7 @@ def _share(program: Program, edit: Gated, facts: ModelFacts, neurons: int) -> in
         raise Refused(f"{edit.where}: a norm stands after the FFN, so no neuron adds a given vector; use model-code")
     if facts.has_experts(edit.layer):
         raise Refused(f"{edit.where}: the layer is a mixture of experts, which has no one FFN for its neurons")
-    here = [other for other in program.edits if isinstance(other, Gated) and other.layer == edit.layer]
+    here = [other for other in program.gated.values() if other.layer == edit.layer]
     shifts = sum(isinstance(other.edit, Shift) for other in here)
     share = (neurons - 2 * shifts) // (len(here) - shifts)
     if share < 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.gates import Fitted
-from austeer.compiler.live import block_of
+from austeer.compiler.live import block_of, weight_of
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,8 @@ def own_neurons(model: "PreTrainedModel", facts: ModelFacts, layer: int) -> Part
     block, entry = block_of(model, facts, layer), facts.architecture
     names = [linear.name for linear in entry.inputs if not linear.of_attention]
     modules: list[Any] = [block.get_submodule(name) for name in names]
-    rows = torch.cat([module.weight.T if entry.transposed else module.weight for module in modules])
-    parts: Parts = dict(zip(("gate", "up"), rows.detach().float().split(facts.geometry.neurons), strict=False))
+    rows = torch.cat([weight_of(module, transposed=entry.transposed) for module in modules])
+    parts: Parts = dict(zip(("gate", "up"), rows.detach().split(facts.geometry.neurons), strict=False))
     if getattr(modules[0], "bias", None) is None:
         return parts
     biases = torch.cat([module.bias for module in modules]).detach().float().split(facts.geometry.neurons)

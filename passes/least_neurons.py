@@ -89,7 +89,7 @@ class _Energies:
 def _needed(program: Program) -> dict[int, int]:
     """How many neurons the gated edits of each layer need."""
     needed: dict[int, int] = {}
-    for edit in (edit for edit in program.edits if isinstance(edit, Gated)):
+    for edit in program.gated.values():
         if not edit.count:
             raise Refused(f"{edit.where}: no neurons are fitted to it, so none can be put in the place of others")
         needed[edit.layer] = needed.get(edit.layer, 0) + edit.count

@@ -90,7 +90,7 @@ def _in_carrier(carrier: str, places: Places, facts: ModelFacts, target: Target)
 
 def _without_bias(program: Program, form: ModelForm) -> int:
     """How many gates have to do without the biases of their neurons."""
-    gated = (edit for edit in program.edits if isinstance(edit, Gated) and needs_bias(edit))
+    gated = (edit for edit in program.gated.values() if needs_bias(edit))
     return sum(form.routes.get((edit.layer, "ffn_out")) != "bias" for edit in gated)
 
 

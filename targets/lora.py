@@ -15,7 +15,6 @@ import numpy as np
 
 from austeer.compiler.checkpoint import Checkpoint, files_to_copy, is_licence
 from austeer.compiler.errors import CheckpointError, Refused, UsageError
-from austeer.compiler.gates import Gated
 from austeer.compiler.layout import Layout
 from austeer.compiler.live import load_model
 from austeer.compiler.lowrank import LowRank
@@ -105,7 +104,7 @@ def plan(patch: Patch, layout: Layout, target: str, *, name: str) -> LoraPlan:
 
 def refuse_gates(program: Program) -> None:
     """Refused, naming all gated edits of a program, if there are any."""
-    gated = [f"  {edit.where}" for edit in program.edits if isinstance(edit, Gated)]
+    gated = [f"  {edit.where}" for edit in program.gated.values()]
     if gated:
         why = "a gate is new neurons, and an adapter changes linear maps that are there"
         raise Refused("\n".join([f"{why}; {WAY_OUT}:", *gated]))

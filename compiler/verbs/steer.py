@@ -1,6 +1,5 @@
 """steer: model + contrastive pairs → compiled checkpoint."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from austeer.compiler.errors import Refused, UsageError
 from austeer.compiler.gate_card import gates_record
 from austeer.compiler.gate_check import SideCheck, check_gates
 from austeer.compiler.gates import Gate, Gated
+from austeer.compiler.manifest import sha256_of
 from austeer.compiler.pairs import read_pairs, read_texts
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SiteName, site_named
@@ -138,37 +138,33 @@ def steer(
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
 
-    sides = _Sides(compiled, finding.gating, dtype, settings)
-    certificate = write_compiled(compiled, out, certify=check, check_sides=sides.check, extra=extra)
+    sides: dict[str, SideCheck] = {}
+
+    def check_sides(folder: Path) -> dict[str, SideCheck]:
+        sides.update(_check_sides(compiled, finding.gating, folder, dtype, settings))
+        return sides
+
+    certificate = write_compiled(compiled, out, certify=check, check_sides=check_sides, extra=extra)
     drawing(finding)
     report = _report(out, method, finding, certificate, (*notes, *compiled.plan.notes))
-    return replace(report, approximations=table, sides=sides.found)
+    return replace(report, approximations=table, sides=sides)
 
 
-@dataclass
-class _Sides:
-    """The check of gates on their held-out texts; `found` once it is made, nothing where there are no gates."""
-
-    compiled: Compiled
-    gating: Gating | None
-    dtype: str
-    settings: Settings
-    found: dict[str, SideCheck] = field(default_factory=dict[str, SideCheck])
-
-    def check(self, folder: Path) -> dict[str, SideCheck]:
-        """Measures what lies in the folder."""
-        if self.gating is not None:
-            base, settings = self.compiled.base.path, self.settings
-            self.found = check_gates(
-                base,
-                self.compiled.program,
-                self.gating.sides,
-                lambda: self.compiled.load(folder, self.dtype, settings.device),
-                dtype=self.dtype,
-                device=settings.device,
-                batch_tokens=settings.batch_tokens,
-            )
-        return self.found
+def _check_sides(
+    compiled: Compiled, gating: Gating | None, folder: Path, dtype: str, settings: Settings
+) -> dict[str, SideCheck]:
+    """What lies in the folder, on the texts held out from its gates; nothing where there are no gates."""
+    if gating is None:
+        return {}
+    return check_gates(
+        compiled.base.path,
+        compiled.program,
+        gating.sides,
+        lambda: compiled.load(folder, dtype, settings.device),
+        dtype=dtype,
+        device=settings.device,
+        batch_tokens=settings.batch_tokens,
+    )
 
 
 def _adaptive(
@@ -280,7 +276,7 @@ def _record(method: str, goal: Goal, finding: Finding, pairs: Path, seed: int) -
         "max_drift": goal.max_drift,
         "seed": seed,
         "pairs": {
-            "sha256": hashlib.sha256(pairs.read_bytes()).hexdigest(),
+            "sha256": sha256_of(pairs),
             "fitted": finding.fitted,
             "held_out": finding.held_out,
         },
