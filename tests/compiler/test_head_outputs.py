@@ -1,6 +1,7 @@
 """Head outputs on disk against each text run alone."""
 
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def test_batching_does_not_matter(batch_tokens: int, tmp_path: Path) -> None:
     )
     for layer in range(2):
         np.testing.assert_allclose(found.layer(layer), expected.layer(layer), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_in_16_bits_is_recorded_as_it_computes(tmp_path: Path) -> None:
+    outputs = record(deepcopy(tiny("llama")).bfloat16(), TEXTS, tmp_path / "heads", batch_tokens=12)
+    found = torch.from_numpy(outputs.layer(1))
+    assert torch.equal(found.bfloat16().float(), found)
+    assert found.abs().max() > 0
 
 
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def test_another_answer_to_the_same_prompt_is_right_too() -> None:
 
 
 def test_a_text_without_a_prompt_is_cut_between_words() -> None:
-    texts = ["Tim saw a big dog and ran home.", "Sue ate  a red apple.", "hello world", "word", "  ", " one"]
+    texts = ["Tim saw a big dog and ran home.", "Sue had  it all.", "hello world", "word", "  ", " one"]
     pairs = hardest([("", text) for text in texts])
     assert [(pair.prompt, pair.positive) for pair in pairs] == [
         ("Tim saw a big dog", " and ran home."),
-        ("Sue ate", "  a red apple."),
+        ("Sue had", "  it all."),
         ("hello", " world"),
     ]
 

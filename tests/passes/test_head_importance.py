@@ -103,6 +103,14 @@ def test_folds_keep_a_prompt_together_and_are_seeded() -> None:
     assert (folds(groups, 2) != parts).any()
 
 
+def test_equal_seeds_give_equal_importance() -> None:
+    sample = some_outputs(signal={1: 0.3, 3: 0.3})
+    first, again, other = (head_importance(*sample, folds(range(60), seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    np.testing.assert_allclose(first, other, atol=0.15)
+
+
 def test_pairs_of_one_prompt_leak_nothing() -> None:
     """Twenty copies of ten pairs of noise: a probe that has seen the copies would know them all."""
     sample = [np.repeat(outputs, 20, axis=0) for outputs in some_outputs(10, 2, 12)]

@@ -116,8 +116,3 @@ def test_the_authors_components() -> None:
 
 def test_the_authors_mean_loss() -> None:
     np.testing.assert_allclose(stories()[1], authors("mean_lost"), rtol=0, atol=2e-6)
-
-
-def test_another_k_is_not_the_authors() -> None:
-    assert np.abs(stories()[0] - authors("components")).max() < 3e-4
-    assert np.abs(stories()[0]).max() > 0.5
