@@ -25,7 +25,8 @@ from austeer.compiler.verbs.common import FORM, Compiled, Measured, Settings, ce
 from austeer.compiler.verbs.finding import Choice, Finding, find
 from austeer.compiler.verbs.goal import Goal
 from austeer.compiler.verbs.methods import Method, method_named
-from austeer.compiler.verbs.picture import draw_search, require_picture
+from austeer.compiler.verbs.picture import require_picture
+from austeer.compiler.verbs.search_picture import draw_search
 from austeer.passes.legalize import refusal
 from austeer.targets.llama_cpp import find_converter
 
