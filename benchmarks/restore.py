@@ -1,10 +1,8 @@
 """Restoring: of the held-out loss that pruning cost, the share that is back, beside what else could be done."""
 
-import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -140,13 +138,17 @@ def run(
     curve: bool = False,
 ) -> Iterator[Report]:
     """A report for each model that is there."""
-    there = [name for name in DATA if models and data and (models / name).is_dir() and name in (only or DATA)]
-    if not there:
-        yield Report("restore", "Not run: no real models. Give their folder as --models and that of the texts as --data")
+    there = [name for name in only or DATA if models and data and (models / name).is_dir()]
+    if not (models and data and there):
+        yield Report(
+            "restore", "Not run: no real models. Give their folder as --models and that of the texts as --data"
+        )
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in there:
-        assert models and data
-        report = Report(f"restore-{name}", METHOD.format(data=DATA[name], tokens=TOKENS, rates=RATES), interval=INTERVAL)
+        report = Report(
+            f"restore-{name}", METHOD.format(data=DATA[name], tokens=TOKENS, rates=RATES), interval=INTERVAL
+        )
         with TemporaryDirectory(dir=FOLDER, prefix="restore-") as scratch:
             for pruner, case, whose in _cases(Path(scratch), models / name, data / DATA[name], pythons, epochs):
                 _measure(report, pruner, case, whose, curve=curve)
@@ -222,7 +224,15 @@ def _lora(case: Case) -> Outcome:
 def _restored(case: Case, top_heads: TopHeads, epochs: int | None) -> Outcome:
     with TemporaryDirectory(dir=FOLDER, prefix="restored-") as scratch:
         out, settings = Path(scratch) / "out", Settings(device="cpu", dtype="float32", max_length=TOKENS)
-        restore(str(case.pruned), case.data, out, dense=str(case.dense), top_heads=top_heads, epochs=epochs, settings=settings)
+        restore(
+            str(case.pruned),
+            case.data,
+            out,
+            dense=str(case.dense),
+            top_heads=top_heads,
+            epochs=epochs,
+            settings=settings,
+        )
         return Outcome(case.loss(out), f", {case.parameters()} parameters" if top_heads == "all" else "", top_heads)
 
 
@@ -231,7 +241,9 @@ def recovered(dense: Sequence[float], pruned: Sequence[float], found: Sequence[f
     d, p, f = (np.asarray(losses) for losses in (dense, pruned, found))
     drawn = np.random.default_rng(0).choice(len(d), (2000, len(d)))
 
-    def share(rows: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+    def share(
+        rows: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    ) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
         return 100 * (p[rows] - f[rows]).sum(-1) / (p[rows] - d[rows]).sum(-1)
 
     low, high = np.percentile(share(drawn), (2.5, 97.5))
