@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from austeer.compiler.errors import InputError, Refused
+from austeer.compiler.errors import CheckpointError, InputError, Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.layout import Layout
 from austeer.compiler.tensors import storage_dtype, to_float32
@@ -24,8 +24,14 @@ GIVE_MAP = (
 
 
 def head_counts(facts: ModelFacts) -> tuple[int, int]:
-    """(query heads, key-value heads) of a layer."""
-    return facts.geometry.heads // facts.head_dim, facts.kv // facts.head_dim
+    """(query heads, key-value heads) of a layer; CheckpointError unless as many of the one share each of the other."""
+    heads, kv_heads = facts.geometry.heads // facts.head_dim, facts.kv // facts.head_dim
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{facts.geometry.name}: config.json has {heads} heads on {kv_heads} key-value heads, which cannot be "
+            "shared evenly; no engine runs such a model"
+        )
+    return heads, kv_heads
 
 
 def map_heads(dense: Layout, pruned: Layout, file: Path | None = None) -> HeadMap:
@@ -59,7 +65,9 @@ def read_head_map(file: Path, dense: ModelFacts, pruned: ModelFacts) -> HeadMap:
 
 
 def _heads(where: str, heads: Any, dense: int, pruned: int) -> tuple[int, ...]:
-    numbers: list[Any] = cast("list[Any]", heads) if isinstance(heads, list) else [heads]
+    if not isinstance(heads, list):
+        raise InputError(f"{where}: {heads!r} is no list; {GIVE_MAP}")
+    numbers = cast("list[Any]", heads)
     for head in numbers:
         if type(head) is not int or not 0 <= head < dense:
             raise InputError(f"{where}: {head!r} is no head of the dense model, which has 0 to {dense - 1}; {GIVE_MAP}")

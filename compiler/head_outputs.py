@@ -16,7 +16,7 @@ from austeer.compiler.errors import CheckpointError, OutputError
 from austeer.compiler.forward import begin, run_texts
 from austeer.compiler.live import live_facts
 from austeer.compiler.progress import track
-from austeer.compiler.tensors import read_header, render_header
+from austeer.compiler.tensors import nbytes_of, read_header, render_header
 from austeer.compiler.tokens import Item, PairTokens, Tokens, batches
 from austeer.compiler.watch import See, ports, watching
 
@@ -110,7 +110,9 @@ def _sheet(outputs: HeadOutputs) -> Generator[_Sheet]:
             out.write(header)
             yield _Sheet(outputs, out, len(header))
     except OSError as error:
-        raise OutputError(f"{outputs.file}: head outputs cannot be written ({error.strerror})") from None
+        needed = outputs.layers * nbytes_of("F32", shape) / 1e6
+        what = f"head outputs, {needed:.0f} MB, cannot be written ({error.strerror}); give them another place"
+        raise OutputError(f"{outputs.file}: {what}") from None
 
 
 @contextmanager

@@ -91,6 +91,16 @@ def encode_texts(
     return tuple(text[:max_length] for text in ids), notes
 
 
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_length: int, chat: Chat | None = None
+) -> tuple[Tokens, ...]:
+    """Token ids of prompts alone; a long one loses tokens from the left, as in `encode_pairs`."""
+    texts = [templated(tokenizer, prompt, chat) for prompt in prompts] if chat else prompts
+    special = frozenset(tokenizer.all_special_ids)
+    ids = encode_whole(tokenizer, texts, special=chat is None)
+    return tuple(_cut(text, len(text) - max_length, special) for text in ids)
+
+
 def take_tokens(texts: Sequence[Tokens], count: int) -> list[Tokens]:
     """Texts from the first on, until they hold `count` tokens in all; the last one is cut."""
     taken: list[Tokens] = []

@@ -17,8 +17,8 @@ from austeer.compiler.head_outputs import HeadOutputs
 from austeer.compiler.progress import track
 
 FOLDS = 5
-PENALTIES = (0.003, 0.03, 0.3, 3.0)  # added to the diagonal of the features' correlations
-CONSTANT = 1e-12  # the largest variance, beside the mean square, that is rounding
+PENALTY = 1.0  # of the squared weights, beside the sum of squared errors; more is worse at any dimension up to 128
+ROUNDING = 1e-12  # the variance, beside the mean square, that a constant feature may seem to have
 
 Matrix: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -33,9 +33,10 @@ def importances(
     """
     parts = folds(groups, seed)
     layers = track(range(pruned.layers), "Probing heads", pruned.layers)
-    return np.stack(
-        [head_importance(*(of.layer(layer) for of in (pruned, positive, negative)), parts) for layer in layers]
-    )
+    probed = [
+        head_importance(pruned.layer(layer), positive.layer(layer), negative.layer(layer), parts) for layer in layers
+    ]
+    return np.stack(probed)
 
 
 def folds(groups: Sequence[Hashable], seed: int) -> Matrix:
@@ -64,17 +65,16 @@ def head_importance(prompt: Floats, positive: Floats, negative: Floats, parts: M
     """The importance of each head of a layer, float32 [heads], from outputs [pairs, heads, dim] and each pair's fold.
 
     The share of samples that a probe, fitted without their fold, puts on the right side; a head that puts out nothing
-    has 0.5. Of PENALTIES the one counts that does best over all heads of the layer.
+    has 0.5.
     """
 
     def samples(part: int) -> Matrix:
         return _samples(*(outputs[parts == part] for outputs in (prompt, positive, negative)))
 
     moments = {part: _products(samples(part)) for part in np.unique(parts).tolist()}
-    total = sum(moments.values())
-    right = sum(_right(total - moment, samples(part)) for part, moment in moments.items())
-    best = right[right.sum(1).argmax()]
-    return (best / (2 * len(parts))).astype(np.float32)
+    total: Any = sum(moments.values())
+    right: Any = sum(_right(total - moment, samples(part)) for part, moment in moments.items())
+    return (right / (2 * len(parts))).astype(np.float32)
 
 
 def _samples(prompt: Floats, positive: Floats, negative: Floats) -> Matrix:
@@ -89,21 +89,19 @@ def _products(samples: Matrix) -> Matrix:
 
 
 def _right(products: Matrix, held_out: Matrix) -> Matrix:
-    """How many held-out samples the probe of each penalty puts on the right side, [penalties, heads].
+    """How many held-out samples the probe of each head puts on the right side, [heads].
 
     `products` are those of the samples that it is fitted to, summed: [heads, 2·dim + 2, 2·dim + 2].
     """
-    squares = products / products[:, -2:-1, -2:-1]
+    count = products[:, -2:-1, -2:-1]
+    squares = products / count
     means = squares[:, -2]
     covariance = squares - means[:, :, None] * means[:, None]
-    variance = np.diagonal(covariance, axis1=1, axis2=2)[:, :-2]
-    # A feature that is constant, up to rounding, says nothing.
-    varies = variance > CONSTANT * np.diagonal(squares, axis1=1, axis2=2)[:, :-2]
-    scale = np.divide(1, np.sqrt(variance, where=varies), out=np.zeros_like(variance), where=varies)
+    variance, square = (np.diagonal(x, axis1=1, axis2=2)[:, :-2] for x in (covariance, squares))
+    scale = np.where(variance > ROUNDING * square, variance, np.inf) ** -0.5  # 0 for a constant feature
     correlation = covariance[:, :-2, :-2] * scale[:, :, None] * scale[:, None]
     target = (covariance[:, :-2, -1] * scale)[..., None]
+    weights = np.linalg.solve(correlation + PENALTY * np.eye(scale.shape[1]) / count, target)
     features = (held_out[..., :-2] - means[:, None, :-2]) * scale[:, None]
-    wanted, identity = held_out[..., -1] > 0, np.eye(variance.shape[1])
-    weights = [np.linalg.solve(correlation + penalty * identity, target) for penalty in PENALTIES]
-    scores = [(features @ weight)[..., 0] + means[:, -1:] for weight in weights]
-    return np.stack([((score > 0) == wanted).sum(1) for score in scores])
+    scores = (features @ weights)[..., 0] + means[:, -1:]
+    return ((scores > 0) == (held_out[..., -1] > 0)).sum(1)

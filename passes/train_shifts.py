@@ -74,7 +74,14 @@ class Trained:
     @property
     def best_step(self) -> int:
         """The first step after which the held-out loss was least."""
-        return min(self.losses, key=self.losses.__getitem__)
+        return min(self.losses, key=self.losses.__getitem__, default=0)
+
+    @staticmethod
+    def untrained(shifts: HeadShifts) -> "Trained":
+        """Lost components alone."""
+        import torch
+
+        return Trained(shifts, torch.from_numpy(shifts.start), {}, 0)
 
 
 def train_shifts(
