@@ -52,6 +52,7 @@ class Report:
     method: str
     rows: list[Row] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    interval: str = INTERVAL
 
     @property
     def broken(self) -> bool:
@@ -76,7 +77,7 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.name, caption=self.method, caption_justify="left", title_justify="left")
-        for header in ("", "found", INTERVAL, "limit", "", "note"):
+        for header in ("", "found", self.interval, "limit", "", "note"):
             table.add_column(header)
         for row in self.rows:
             table.add_row(*row.cells(), style="red" if row.broken else None)
