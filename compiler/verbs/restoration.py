@@ -59,6 +59,7 @@ def record(found: Restored, pruning: Pruning, added: int | None) -> dict[str, An
         "held_out_losses": [[step, loss] for step, loss in trained.losses.items()],
         "samples": {"fitted": fit, "stopped_by": stop, "reported_on": test},
         "pruning": pruning.kind,
+        "head_map": [list(heads) for heads in pruning.head_map],
     }
 
 
