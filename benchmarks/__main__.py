@@ -39,9 +39,8 @@ def main() -> int:
 
 
 def _restore(given: argparse.Namespace) -> Iterable[Report]:
-    pythons = {"torch-pruning": given.torch_pruning, "llmcompressor": given.llmcompressor}
-    chosen = {name: python for name, python in pythons.items() if python}
-    return restore.run(given.models, given.data, chosen, only=given.only, epochs=given.epochs, curve=given.curve)
+    python, options = given.pruner_python, {"only": given.only, "epochs": given.epochs, "curve": given.curve}
+    return restore.run(given.models, given.data, python, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=(), choices=restore.DATA, help="restore: of these models")
     parser.add_argument("--epochs", type=int, help="restore: of all training (default: that of restore)")
     parser.add_argument("--curve", action="store_true", help="restore: with 5, 10 and 20 heads too")
-    python = "restore: the Python of an environment with it, to prune with"
-    parser.add_argument("--torch-pruning", type=Path, metavar="PYTHON", help=python)
-    parser.add_argument("--llmcompressor", type=Path, metavar="PYTHON", help=python)
+    parser.add_argument("--pruner-python", type=Path, help="restore: of an environment with pruners (.venv-pruners)")
     parser.add_argument("--json", action="store_true", help="print the JSON too")
     return parser
 

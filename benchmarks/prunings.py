@@ -1,7 +1,7 @@
 """The ways in which models are pruned for the benchmark of restoring, by other people's pruners where these are."""
 
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @dataclass(frozen=True)
 class Pruning:
-    """One of them: our plain pruner, and the package whose example prunes in an environment of its own."""
+    """One of them: our plain pruner, and the package whose example does it in the environment of the pruners."""
 
     name: str
     plain: Callable[[Path, Path, Sequence[str]], None]
@@ -22,10 +22,10 @@ class Pruning:
     options: tuple[str, ...] = ()
     calibrated: bool = False
 
-    def apply(self, model: Path, out: Path, data: Path, pythons: Mapping[str, Path]) -> str:
-        """Writes the pruned model; returns whose pruner it was. `pythons`: by package, that of its environment."""
-        python = pythons.get(self.package)
-        if python is None or read_facts(model).architecture.model_type != "llama":  # the examples are for Llamas
+    def apply(self, model: Path, out: Path, data: Path, python: Path | None) -> str:
+        """Writes the pruned model; returns whose pruner it was. `python`: that of the pruners' environment."""
+        llama = read_facts(model).architecture.model_type == "llama"  # which the examples are for
+        if not (python and self.package and llama):
             self.plain(model, out, [sample.response for sample in read_samples(data)])
             return "benchmarks/pruners.py"
         script = EXAMPLES / f"prune_with_{self.package.replace('-', '_')}.py"

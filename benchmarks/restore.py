@@ -1,6 +1,6 @@
 """Restoring: of the held-out loss that pruning cost, the share that is back, beside what else could be done."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,13 +93,13 @@ class Outcome:
 def run(
     models: Path | None,
     data: Path | None,
-    pythons: Mapping[str, Path],
+    python: Path | None,
     *,
     only: Sequence[str] = (),
     epochs: int | None = None,
     curve: bool = False,
 ) -> Iterator[Report]:
-    """A report for each model that is there. `pythons`: see `Pruning.apply`."""
+    """A report for each model that is there. `python`: see `Pruning.apply`."""
     there = [name for name in only or DATA if models and data and (models / name).is_dir()]
     if not (models and data and there):
         yield Report(
@@ -111,12 +111,12 @@ def run(
         sizes = {"fit": FIT.stop, "held": HELD_OUT.stop - HELD_OUT.start, "tokens": TOKENS}
         report = Report(f"restore-{name}", METHOD.format(data=DATA[name], rates=RATES, **sizes), interval=INTERVAL)
         with TemporaryDirectory(dir=FOLDER, prefix="restore-") as scratch:
-            for case in _cases(Path(scratch), models / name, data / DATA[name], pythons, epochs):
+            for case in _cases(Path(scratch), models / name, data / DATA[name], python, epochs):
                 _measure(report, case, curve=curve)
         yield report
 
 
-def _cases(scratch: Path, model: Path, data: Path, pythons: Mapping[str, Path], epochs: int | None) -> Iterator[Case]:
+def _cases(scratch: Path, model: Path, data: Path, python: Path | None, epochs: int | None) -> Iterator[Case]:
     """Each pruning of a model, when it is made."""
     rows, tokenizer, parts = data.read_text("utf-8").splitlines(), load_tokenizer(model), []
     for name, part in (("fit", FIT), ("held-out", HELD_OUT)):
@@ -124,7 +124,7 @@ def _cases(scratch: Path, model: Path, data: Path, pythons: Mapping[str, Path], 
         parts.append(encode_responses(tokenizer, read_samples(scratch / name), TOKENS)[0])
     for number, pruning in enumerate(prunings_of(read_facts(model))):
         pruned = scratch / f"pruned-{number}"
-        pruner = pruning.apply(model, pruned, scratch / "fit", pythons)
+        pruner = pruning.apply(model, pruned, scratch / "fit", python)
         yield Case(pruning.name, pruner, model, pruned, scratch / "fit", parts[0], parts[1], epochs)
 
 
