@@ -1,16 +1,17 @@
-"""What restoring is compared with: constants that restore means, and a LoRA of as many parameters."""
+"""What restoring is compared with: biases that bring means back, and a LoRA of as many parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from austeer.compiler.edits import Shift
-from austeer.compiler.facts import read_facts
+from austeer.compiler.facts import ModelFacts, read_facts
 from austeer.compiler.forward import run_texts
 from austeer.compiler.hooked import first_of
 from austeer.compiler.interpreter import interpret
-from austeer.compiler.live import live_facts, load_model, port
+from austeer.compiler.live import live_facts, load_model, port, weight_of
 from austeer.compiler.program import Program
 from austeer.compiler.response_loss import summed_loss
 from austeer.compiler.responses import Response
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Place: TypeAlias = tuple[int, SiteName]
 
-OUTPUTS: tuple[SiteName, ...] = ("attn", "ffn")
+OUTPUT_OF: dict[SiteName, SiteName] = {"heads": "attn", "neurons": "ffn"}  # by the input of each output projection
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,34 @@ class Learned:
     parameters: int
 
 
-def mean_compensation(dense: Path, pruned: Path, responses: Sequence[Response]) -> Program:
-    """FLAP's bias (arXiv 2312.11983), for pruning of any kind: after every output projection, what its mean lost.
+def flap(dense: Path, pruned: Path, responses: Sequence[Response]) -> Program:
+    """FLAP's bias (arXiv 2312.11983): what the removed weights of each output projection gave on average.
 
-    Each bias is the mean output of the dense model's projection over all tokens, minus that of the pruned model's with
-    all earlier biases in place; so that in the end each projection has the dense mean. FLAP's own is W times the
-    mean of the removed inputs, all at once.
+    (W - W') times the dense model's mean input over all tokens, all at once. The columns of a smaller W' are found
+    among those of W by their bits.
     """
-    facts = read_facts(pruned)
-    places: list[Place] = [(layer, site) for layer in range(facts.geometry.layers) for site in OUTPUTS]
-    wanted = _mean_outputs(load_model(dense, dtype="float32", device="cpu"), places, responses)
+    model, slim = (load_model(folder, dtype="float32", device="cpu") for folder in (dense, pruned))
+    facts = live_facts(model)
+    means, shifts = _means(model, _places(facts, OUTPUT_OF), responses), list[Shift]()
+    for (layer, site), mean in means.items():
+        ports = port(model, facts, layer, site), port(slim, live_facts(slim), layer, site)
+        before, after = (weight_of(at.module, transposed=facts.architecture.transposed) for at in ports)
+        shifts.append(Shift(layer, OUTPUT_OF[site], ((before - _spread(after, before)) @ mean).numpy()))
+    return Program.of(shifts, model=live_facts(slim).geometry)
+
+
+def mean_compensation(dense: Path, pruned: Path, responses: Sequence[Response]) -> Program:
+    """A bias after every output projection that gives it the mean output, over all tokens, of the dense model's.
+
+    One after the other, each with all earlier ones in place; so that in the end every mean is the dense one.
+    """
     model, shifts = load_model(pruned, dtype="float32", device="cpu"), list[Shift]()
+    facts = live_facts(model)
+    places = _places(facts, OUTPUT_OF.values())
+    wanted = _means(load_model(dense, dtype="float32", device="cpu"), places, responses)
     for place in places:
         with interpret(model, Program.of(shifts, model=facts.geometry)):
-            found = _mean_outputs(model, [place], responses)
+            found = _means(model, [place], responses)
         shifts.append(Shift(*place, (wanted[place] - found[place]).numpy()))
     return Program.of(shifts, model=facts.geometry)
 
@@ -75,23 +90,36 @@ def lora(pruned: Path, responses: Sequence[Response], schedule: Schedule, parame
     return Learned(model, sum(weight.numel() for weight in trained))
 
 
-def _mean_outputs(
-    model: "PreTrainedModel", places: Sequence[Place], responses: Sequence[Response]
-) -> "dict[Place, Tensor]":
-    """The mean over all tokens of what each place gives, float32 [width] each."""
+def _places(facts: ModelFacts, sites: Iterable[SiteName]) -> list[Place]:
+    return [(layer, site) for layer, site in product(range(facts.geometry.layers), sites)]
+
+
+def _means(model: "PreTrainedModel", places: Sequence[Place], responses: Sequence[Response]) -> "dict[Place, Tensor]":
+    """The mean over all tokens of what passes each place, float32 [width] each."""
     sums: dict[Place, Any] = dict.fromkeys(places, 0.0)
 
-    def watch(place: Place) -> Callable[..., None]:
-        def see(_: Any, __: Any, output: Any) -> None:
-            sums[place] = sums[place] + first_of(output).flatten(0, -2).double().sum(0)
+    def watch(place: Place, side: str) -> Callable[..., None]:
+        def see(_: Any, inputs: Any, output: Any) -> None:
+            passing = first_of(inputs if side == "input" else output)
+            sums[place] = sums[place] + passing.flatten(0, -2).double().sum(0)
 
         return see
 
-    facts = live_facts(model)
-    hooks = [port(model, facts, *place).module.register_forward_hook(watch(place)) for place in places]
+    ports = {place: port(model, live_facts(model), *place) for place in places}
+    hooks = [at.module.register_forward_hook(watch(place, at.side)) for place, at in ports.items()]
     for response in responses:
         run_texts(model, [response.text])
     for hook in hooks:
         hook.remove()
     tokens = sum(len(response.text) for response in responses)
     return {place: (total / tokens).float() for place, total in sums.items()}
+
+
+def _spread(slim: "Tensor", full: "Tensor") -> "Tensor":
+    """The columns of `slim` where `full` has them, zeros elsewhere; as it is where nothing was cut."""
+    if slim.shape == full.shape:
+        return slim
+    places = {column.numpy().tobytes(): place for place, column in enumerate(full.T.contiguous())}
+    spread = full.new_zeros(full.shape)
+    spread[:, [places[column.numpy().tobytes()] for column in slim.T.contiguous()]] = slim
+    return spread

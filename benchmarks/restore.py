@@ -11,13 +11,14 @@ import numpy as np
 from austeer.compiler.facts import read_facts
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import load_model, load_tokenizer
+from austeer.compiler.program import Program
 from austeer.compiler.response_loss import summed_loss
 from austeer.compiler.responses import Response, encode_responses, read_samples
 from austeer.compiler.verbs.common import Settings
 from austeer.compiler.verbs.restore import COMPONENTS, restore
 from austeer.compiler.verbs.task import TopHeads
 from austeer.passes.train_shifts import Schedule
-from benchmarks.baselines import lora, mean_compensation
+from benchmarks.baselines import flap, lora, mean_compensation
 from benchmarks.prunings import prunings_of
 from benchmarks.report import FOLDER, Report, Row
 from benchmarks.samples import Estimate
@@ -39,10 +40,10 @@ LEAST = {("stories260K", "magnitude 50 %", HALF): 25.0, ("stories260K", "magnitu
 INTERVAL = "95% bootstrap interval over the texts"
 METHOD = (
     "Found: of the held-out loss that pruning cost, the share that is back. Rows 1 to {fit} of {data} to fit to, the "
-    "next {held} held out, {tokens} tokens each, float32. Mean compensation: after every output projection a bias that "
-    "gives it the dense model's mean output, one after the other (FLAP's bias, for pruning of any kind). LoRA: PEFT's, on "
-    "the attention's output projections, of the rank that trains about as many parameters as restoring all heads does, "
-    "by the same loss, steps, batches and schedule; on all rows, of which restoring holds out a fifth; its learning "
+    "next {held} held out, {tokens} tokens each, float32. FLAP's bias: after every output projection what its removed "
+    "weights gave on average, all at once. Mean compensation: the bias that gives each the dense model's mean output, "
+    "one after the other. LoRA: PEFT's, on the attention's output projections, of the rank that trains about as many "
+    "parameters as restoring all heads does, by the same loss, steps, batches and schedule; on all rows, of which restoring holds out a fifth; its learning "
     "rate is the best of {rates} on the held-out rows themselves. Untrained: the lost components of all heads alone."
 )
 
@@ -145,7 +146,8 @@ def _measure(report: Report, case: Case, *, curve: bool) -> None:
 
 
 def _outcomes(case: Case, *, curve: bool) -> Iterator[Outcome]:
-    yield _compensated(case)
+    yield _biased(case, "FLAP's bias", flap(case.dense, case.pruned, case.fit))
+    yield _biased(case, "mean compensation", mean_compensation(case.dense, case.pruned, case.fit))
     yield _lora(case)
     yield _restored(case, "restored, untrained", "all", 0)
     for count in CURVE:
@@ -155,10 +157,9 @@ def _outcomes(case: Case, *, curve: bool) -> Iterator[Outcome]:
     yield _restored(case, ALL, "all", case.epochs)
 
 
-def _compensated(case: Case) -> Outcome:
-    program = mean_compensation(case.dense, case.pruned, case.fit)
+def _biased(case: Case, name: str, program: Program) -> Outcome:
     with interpret(load_model(case.pruned, dtype="float32", device="cpu"), program) as model:
-        return Outcome("mean compensation", case.judge(model))
+        return Outcome(name, case.judge(model))
 
 
 def _lora(case: Case) -> Outcome:

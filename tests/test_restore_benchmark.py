@@ -14,8 +14,8 @@ from austeer.compiler.responses import Response, Sample, encode_responses
 from austeer.compiler.verbs.demo import MODEL
 from austeer.passes.train_shifts import Schedule
 from benchmarks import prunings, restore
-from benchmarks.baselines import lora, mean_compensation
-from benchmarks.pruners import magnitude
+from benchmarks.baselines import flap, lora, mean_compensation
+from benchmarks.pruners import magnitude, structured
 from benchmarks.report import Report
 
 STORIES = (MODEL / "neutral.txt").read_text("utf-8").splitlines()
@@ -57,6 +57,17 @@ def test_mean_compensation_gives_every_projection_its_dense_mean(pruned: Path):
         torch.testing.assert_close(after[place], mean, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_shape", [True, False])
+def test_flaps_bias_is_what_the_removed_units_gave_on_average(in_shape: bool, tmp_path: Path):
+    """In the first layer, whose input is the dense one, the projection has its dense mean again."""
+    texts = responses(6)
+    structured(MODEL, tmp_path / "model", in_shape=in_shape)
+    after = outputs(tmp_path / "model", texts, program=flap(MODEL, tmp_path / "model", texts))
+    dense, before = outputs(MODEL, texts), outputs(tmp_path / "model", texts)
+    torch.testing.assert_close(after[0, "attn"], dense[0, "attn"], rtol=0, atol=1e-4)
+    assert (before[0, "attn"] - dense[0, "attn"]).abs().max() > 1e-2
+
+
 def test_lora_has_about_the_parameters_that_it_should_and_learns(pruned: Path):
     pytest.importorskip("peft", reason="it comes with the engines")
     texts, budget = responses(8), 1500
@@ -93,7 +104,7 @@ def test_every_method_is_measured_on_the_same_pruned_model(tmp_path: Path, monke
     (report,) = restore.run(MODEL.parent, tmp_path, None, epochs=4, curve=True)
     methods = [row.what.removeprefix("magnitude 50 %: ") for row in report.rows]
     restored = ["restored, untrained", "restored, 5 heads", restore.HALF, restore.ALL]  # half are 16, all 32
-    assert methods == ["nothing", "mean compensation", "LoRA", *restored]
+    assert methods == ["nothing", "FLAP's bias", "mean compensation", "LoRA", *restored]
     found = report.details["magnitude 50 %"]["nats_per_token"]
     lost = found["pruned"] - found["dense"]
     for row, method in zip(report.rows[1:], methods[1:], strict=True):
