@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ DATA = {
     "imdb-gpt2-2.6m": "imdb_text.jsonl",
 }
 FIT, HELD_OUT, TOKENS = slice(100), slice(100, 200), 256
-RATES = (1e-2, 3e-2, 1e-1)  # LoRA's
+RATES = (1e-2, 3e-2, 1e-1, 3e-1)  # LoRA's
 CURVE = (5, 10, 20)
 HALF, ALL = "restored, half of the heads", "restored, all heads"  # half is the default
 LEAST = {("stories260K", "magnitude 50 %", HALF): 25.0, ("stories260K", "magnitude 50 %", ALL): 32.0}
@@ -43,8 +44,9 @@ METHOD = (
     "next {held} held out, {tokens} tokens each, float32. FLAP's bias: after every output projection what its removed "
     "weights gave on average, all at once. Mean compensation: the bias that gives each the dense model's mean output, "
     "one after the other. LoRA: PEFT's, on the attention's output projections, of the rank that trains about as many "
-    "parameters as restoring all heads does, by the same loss, steps, batches and schedule; on all rows, of which restoring holds out a fifth; its learning "
-    "rate is the best of {rates} on the held-out rows themselves. Untrained: the lost components of all heads alone."
+    "parameters as restoring all heads does, by the same loss, steps, batches and schedule; on all rows, of which "
+    "restoring holds out a fifth; its learning rate is the best of {rates} on the held-out rows themselves. Untrained: "
+    "the lost components of all heads alone."
 )
 
 
@@ -104,8 +106,11 @@ def run(
     there = [name for name in only or DATA if models and data and (models / name).is_dir()]
     if not (models and data and there):
         yield Report(
-            "restore", "Not run: no real models. Give their folder as --models, that of their texts as --data."
+            "restore", "Not run: no real models. Give --models, their folder, and --data, that of their texts."
         )
+        return
+    if not find_spec("peft"):
+        yield Report("restore", "Not run: LoRA needs PEFT. It comes with the extra `engines`.")
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in there:
