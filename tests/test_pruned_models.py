@@ -1,0 +1,222 @@
+"""A pruned model stays pruned: head shifts in every layer, for every target, form and architecture, fill no zero.
+
+What each target does is said by the table of tests/passes/cells.py, so that a product that refuses everything, or
+takes another way than that, cannot pass.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from austeer.compiler import Edit, Program, Refused, Scale, Shift, UsageError, interpret
+from austeer.compiler.gguf import read_gguf
+from austeer.compiler.verbs.bases import open_base
+from austeer.compiler.verbs.build import build
+from austeer.compiler.verbs.common import Compiled
+from austeer.targets.llama_cpp import SCRIPT, VARIABLE, convert
+from austeer.targets.tables import TARGETS
+from tests.engines.llama_cpp import use_converter
+from tests.passes.cells import ARCHITECTURES, CELLS, shift
+from tests.tiny import VARIANTS, Tiny, load, logits, on_disk, scratch, stored, tokens
+
+BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # of phi3
+
+
+# ---- pruned models --------------------------------------------------------------------------
+
+
+def half_of_each_row(weight: torch.Tensor) -> torch.Tensor:
+    return _without_smallest(weight, weight.shape[-1] // 2)
+
+
+def two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    return _without_smallest(weight.reshape(-1, 4), 2).reshape(weight.shape)
+
+
+def rows_and_columns(weight: torch.Tensor) -> torch.Tensor:
+    """As where heads, neurons and units of the residual are removed by zeros, and the shape is kept."""
+    weight = weight.clone()
+    weight[: len(weight) // 4] = 0
+    weight[..., : weight.shape[-1] // 4] = 0
+    return weight
+
+
+def _without_smallest(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """By a product with a mask, as pruners do it: half of the zeros are negative."""
+    smallest = rows.abs().argsort(-1)[..., :count]
+    return rows * torch.ones_like(rows).scatter(-1, smallest, 0)
+
+
+# Each in another dtype too.
+PRUNERS: Mapping[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype]] = {
+    "unstructured": (half_of_each_row, torch.float32),
+    "2:4": (two_of_four, torch.bfloat16),
+    "structured": (rows_and_columns, torch.float16),
+}
+
+
+@cache
+def pruned(tiny: Tiny, how: str) -> Path:
+    """The model with all matrices of its blocks pruned, in a folder of its own. Do not change it."""
+    prune, dtype = PRUNERS[how]
+    folder = scratch() / "pruned"
+    folder.mkdir()
+    for path in on_disk(tiny).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    changed = {name: prune(tensor) if of_block(name, tensor) else tensor for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def of_block(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim > 1 and BLOCK.search(name) is not None
+
+
+def restored(tiny: Tiny, base: Path, folder: Path, *, alike: bool = False) -> Path:
+    """A program as `restore` makes it: a shift of all heads in every layer."""
+    edits = [shift(tiny, "heads", layer, alike=alike) for layer in range(tiny.layers)]
+    return saved(edits, base, folder / "restored.safetensors")
+
+
+def saved(edits: list[Any], base: Path, path: Path) -> Path:
+    Program.of(edits, model=base).save(path)
+    return path
+
+
+# ---- what is expected, from the table ---------------------------------------------------------
+
+
+def way(target: str, tiny: Tiny) -> str:
+    """The letter of the table for a shift at heads; "-" too where the target loses a bias that the model has."""
+    letters = dict(zip(ARCHITECTURES.split(), CELLS[target].split(), strict=True))[tiny.architecture]
+    at_heads, _, at_ffn, _ = letters
+    lost = tiny.native(Shift, 0, "heads") and at_heads not in "BL"
+    lost |= tiny.native(Shift, tiny.layers - 1, "ffn") and at_ffn not in "BL"
+    return "-" if lost else at_heads
+
+
+def new_names(name: str, letter: str, architecture: str) -> list[str]:
+    """Where a tensor of the base is in the output: a split layer is two, and a phi3 written as llama has no fused maps."""
+    if letter == "S":
+        later = not ("self_attn" in name or "input_layernorm" in name)
+        return [BLOCK.sub(lambda found: f".layers.{2 * int(found[1]) + later}.", name)]
+    parts = next((parts for fused, parts in FUSED.items() if letter == "L" and fused in name), None)
+    return [re.sub(r"(qkv|gate_up)_proj", part, name) for part in parts] if parts else [name]
+
+
+REFUSED = r"cannot carry this program.*\n  (shift at layer 0, site heads: |the base has |.* does not have the |.* leaves out )"
+CELLS_HERE = [(name, target) for name in VARIANTS for target in TARGETS]
+
+
+def test_the_cells_that_are_carried_and_refused() -> None:
+    ways = {(target, name): way(target, VARIANTS[name]) for name, target in CELLS_HERE}
+    found = {letter: sum(one == letter for one in ways.values()) for letter in "BLSV-"}
+    assert found == {"B": 103, "L": 27, "S": 2, "V": 3, "-": 72}
+    assert {name for (target, name), letter in ways.items() if (target, letter) == ("transformers", "-")} == {"mixtral"}
+
+
+# ---- the form checkpoint ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", PRUNERS)
+@pytest.mark.parametrize(("name", "target"), CELLS_HERE)
+def test_no_target_fills_a_zero(name: str, target: str, how: str, tmp_path: Path) -> None:
+    tiny = VARIANTS[name]
+    base, letter = pruned(tiny, how), way(target, tiny)
+    program = restored(tiny, base, tmp_path, alike=letter == "V")
+    if letter == "-":
+        with pytest.raises(Refused, match=REFUSED):
+            build(str(base), [program], tmp_path / "out", target=target)
+        return
+    build(str(base), [program], tmp_path / "out", target=target)
+    before, after = stored(base), stored(tmp_path / "out")
+    new = check_kept(before, after, lambda old: new_names(old, letter, tiny.architecture))
+    assert sparsity_is(how, {old: tensor for old, tensor in before.items() if of_block(old, tensor)})
+    if letter != "S":
+        assert all(tensor.ndim == 1 and found.endswith(".bias") for found, tensor in new.items())
+
+
+def check_kept(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], names: Callable[[str], list[str]]
+) -> dict[str, torch.Tensor]:
+    """All bytes of all tensors but biases are the base's. The tensors that the base has not."""
+    new = dict(after)
+    for name, tensor in before.items():
+        found = torch.cat([new.pop(part) for part in names(name)])
+        assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype), name
+        if not name.endswith(".bias"):
+            assert bits(found) == bits(tensor), name
+    return new
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def sparsity_is(how: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these are pruned as they say."""
+    if how == "2:4":
+        return all(((tensor.reshape(-1, 4) == 0).sum(-1) == 2).all() for tensor in weights.values())
+    return all((tensor == 0).float().mean() > 0.2 for tensor in weights.values())
+
+
+# ---- the other forms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", PRUNERS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_model_code_leaves_every_tensor_as_it_is(name: str, how: str, tmp_path: Path) -> None:
+    tiny = VARIANTS[name]
+    base = pruned(tiny, how)
+    program = restored(tiny, base, tmp_path)
+    for target in TARGETS:
+        out = tmp_path / target
+        if target not in ("transformers", "vllm"):
+            with pytest.raises(UsageError, match="runs no model code; transformers and vllm do"):
+                build(str(base), [program], out, target=target, form="model-code")
+            continue
+        build(str(base), [program], out, target=target, form="model-code")
+        before, after = stored(base), stored(out)
+        assert all(bits(after.pop(old)) == bits(tensor) for old, tensor in before.items())
+        assert len(after) == tiny.layers
+        assert all(".austeer." in new and tensor.ndim == 1 for new, tensor in after.items())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_adapter_holds_a_shift(name: str, tmp_path: Path) -> None:
+    tiny = VARIANTS[name]
+    base = pruned(tiny, "unstructured")
+    program = restored(tiny, base, tmp_path)
+    for target in TARGETS:
+        with pytest.raises(Refused, match=rf"{tiny.layers} of .* cannot be an adapter|does not serve a PEFT adapter"):
+            build(str(base), [program], tmp_path / "out", target=target, form="lora")
+    assert not (tmp_path / "out").exists()
+
+
+GGUF_REFUSED = {  # beside the cells that llama.cpp's row of the table refuses: the width of these is not 4 times
+    "gpt2": "its converter", "gpt2-tied": "neurons"
+}
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "portable"])
+def test_the_cells_that_gguf_carries(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SCRIPT).write_text("")  # a converter, where one only plans
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    for name, tiny in VARIANTS.items():
+        base, letter = pruned(tiny, "unstructured"), way(target, tiny)
+        program = Program.load(restored(tiny, base, tmp_path, alike=letter == "V"))
+        try:
+            Compiled.of(program, open_base(str(base)), target, "gguf")
+            print(name, letter, "ok")
+        except Refused as e:
+            print(name, letter, e)
+    assert 0
