@@ -4,12 +4,24 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from benchmarks import compile as compiling
-from benchmarks import gates, localize, serving
+from benchmarks import gates, localize, restored_memory, restored_speed, serving
 from benchmarks.checkpoints import EIGHT_B, Shape
 from benchmarks.report import Report
+
+# Those of processes first: they measure them from a small one, and the others load torch.
+BENCHMARKS: Mapping[str, Callable[[argparse.Namespace], Report]] = {
+    "compile": lambda given: compiling.run(given.sizes, given.rounds or 3),
+    "restored-memory": lambda _: restored_memory.run(),
+    "localize": lambda given: localize.run(given.rounds or 9, device=given.device),
+    "serving": lambda given: serving.run(given.device, given.rounds or 15),
+    "gates": lambda given: gates.TRIAL.run(given.shape, given.layers, given.rounds or 15),
+    "restored-speed": lambda given: restored_speed.TRIAL.run(given.shape, given.layers, given.rounds or 15),
+}
+
+SPEEDS = "gates and restored-speed"
 
 
 def main() -> int:
@@ -19,16 +31,9 @@ def main() -> int:
     # One thread a process: threads that wait for each other on a shared machine measure the scheduler.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given = _parser().parse_args()
-    # Compiling first: it measures small processes from a small one, and the others load torch.
-    runs: dict[str, Callable[[], Report]] = {
-        "compile": lambda: compiling.run(given.sizes, given.rounds or 3),
-        "localize": lambda: localize.run(given.rounds or 9, device=given.device),
-        "serving": lambda: serving.run(given.device, given.rounds or 15),
-        "gates": lambda: gates.run(given.shape, given.layers, given.rounds or 15),
-    }
     broken = False
-    for name in runs if given.benchmark == "all" else [given.benchmark]:
-        report = runs[name]()
+    for name in BENCHMARKS if given.benchmark == "all" else [given.benchmark]:
+        report = BENCHMARKS[name](given)
         report.publish()
         if given.json:
             print(report.json())
@@ -38,12 +43,10 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "benchmark", nargs="?", default="all", choices=["compile", "localize", "serving", "gates", "all"]
-    )
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--sizes", type=_sizes, default=tuple(compiling.SHAPES), help="compile: GB, such as 1,4")
-    parser.add_argument("--shape", type=_shape, default=EIGHT_B, help="gates: hidden,neurons,heads,kv heads")
-    parser.add_argument("--layers", type=int, default=2, help="gates: of that shape (default: 2)")
+    parser.add_argument("--shape", type=_shape, default=EIGHT_B, help=f"{SPEEDS}: hidden,neurons,heads,kv heads")
+    parser.add_argument("--layers", type=int, default=2, help=f"{SPEEDS}: of that shape (default: 2)")
     parser.add_argument("--rounds", type=int, help="measurements of each thing")
     parser.add_argument("--device", default="cpu", help="localize and serving: a torch device (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the JSON too")
