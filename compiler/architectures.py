@@ -34,12 +34,16 @@ NO, YES = False, True
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map of a block. `outputs` has several axes where one tensor fuses several maps."""
+    """A linear map of a block. `outputs` has several axes where one tensor fuses several maps.
+
+    They lie one after another, but where it is `by_head`: there the maps of one head do, and then those of the next.
+    """
 
     name: str
     inputs: Axis
     outputs: tuple[Axis, ...]
     bias: Property = NO
+    by_head: bool = False
 
     @property
     def of_attention(self) -> bool:
@@ -233,7 +237,7 @@ GPT_NEOX = Architecture(
     attn_out=Linear("attention.dense", "heads", ("residual",), NEOX_BIAS),
     ffn_out=Linear("mlp.dense_4h_to_h", "neurons", ("residual",), YES),
     inputs=(
-        Linear("attention.query_key_value", "residual", ("heads", "kv", "kv"), NEOX_BIAS),
+        Linear("attention.query_key_value", "residual", ("heads", "kv", "kv"), NEOX_BIAS, by_head=True),
         Linear("mlp.dense_h_to_4h", "residual", ("neurons",), YES),
     ),
     activation=Activation(default="gelu"),

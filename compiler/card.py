@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from austeer.compiler.certificate import Certificate
 from austeer.compiler.edits import Edit, Floats, Scale
@@ -12,6 +12,9 @@ from austeer.compiler.gate_check import SideCheck
 from austeer.compiler.gates import Gated
 from austeer.compiler.manifest import MANIFEST, PROGRAM
 from austeer.compiler.program import Program
+
+RecoveryTable: TypeAlias = Sequence[tuple[str, str, str, str, str]]
+"""What was measured, its value in the dense, the pruned and the restored model, and what is back."""
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LISTED_EDITS = 50
@@ -27,8 +30,8 @@ class Words:
 
 
 STEERED = (
-    "Activation steering was compiled into it by `austeer-compile`: it behaves\n"
-    "{how}as the base model would with the activation edits below applied at every token"
+    "Activation edits were compiled into it by `austeer-compile`: it behaves\n"
+    "{how}as the base model would with the edits below applied at every token"
 )
 FORMS: Mapping[str, Words] = {
     "checkpoint": Words(
@@ -56,10 +59,10 @@ FORMS: Mapping[str, Words] = {
 }
 
 BODY = """\
-# {base}, steered
+# {base}, {done}
 
 {what}
-{notes}{licence}
+{notes}{licence}{recovery}
 ## What was edited
 
 Program `{sha256}`, {count} edits. The program is in `{program}`, the full record of tensors and slices in `{manifest}`.
@@ -99,10 +102,12 @@ def render_card(
     form: str = "checkpoint",
     notes: Sequence[str] = (),
     sides: Mapping[str, SideCheck] | None = None,
+    recovery: RecoveryTable = (),
 ) -> bytes:
     """The README.md of the output. `base_card` is the metadata of the base's own card, for the licence fields.
 
-    `notes` are what else a user should know, a sentence each; `sides` what was measured where gates open or close.
+    `notes` are what else a user should know, a sentence each; `sides` what was measured where gates open or close;
+    `recovery` what a pruned base has back.
     """
     import yaml
 
@@ -127,7 +132,7 @@ def render_card(
     how = "approximately " if certificate and certificate.approximate else ""
     listed = "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
     body = BODY.format(
-        base=base, what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
+        base=base, done="restored" if recovery else "steered", recovery=_recovered(recovery), what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
         sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), gates=gates_section(program, sides or {}),
         certificate=_measured(certificate),
@@ -177,6 +182,18 @@ def _size(name: str, vector: Floats) -> str:
 
 def _row(edit: Edit) -> str:
     return f"| {edit.layer} | {edit.site} | {edit.kind} | {describe(edit).replace('|', chr(92) + '|')} |"
+
+
+def _recovered(table: RecoveryTable) -> str:
+    if not table:
+        return ""
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return (
+        "\n## What was restored\n\n"
+        "Pruning took something from what the attention heads put out. A constant was trained for each of some heads\n"
+        "(RestoreLCC, arXiv 2510.21834) and is now part of a bias. Measured on samples that nothing was fitted to:\n\n"
+        f"| | dense | pruned | restored | back |\n|---|---|---|---|---|\n{rows}\n"
+    )
 
 
 def _measured(certificate: Certificate | None) -> str:

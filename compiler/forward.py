@@ -82,23 +82,28 @@ def begin(model: "PreTrainedModel", pairs: Sequence[PairTokens]) -> Sides:
     return Sides(ids, own, positions, mask, cache, states[:, -1][twice.to(states.device)])
 
 
-def run_texts(model: "PreTrainedModel", texts: Sequence[Tokens]) -> tuple["Tensor", "Tensor"]:
+def run_texts(
+    model: "PreTrainedModel", texts: Sequence[Tokens], *, learning: bool = False
+) -> tuple["Tensor", "Tensor"]:
     """(final hidden states [B, T, width], bool [B, T] true at real tokens) of texts padded on the right.
 
-    Raises UsageError for a text beyond `longest_text`.
+    Gradients pass through it where something is `learning`. Raises UsageError for a text beyond `longest_text`.
     """
     _require_length(model, max(len(text) for text in texts))
     ids, real = _padded(texts, input_device(model))
-    return _run(model, ids, real, (real.cumsum(1) - 1).clamp(min=0), None), real
+    return _run(model, ids, real, (real.cumsum(1) - 1).clamp(min=0), None, learning=learning), real
 
 
 def logits(model: "PreTrainedModel", states: "Tensor") -> "Tensor":
-    """The LM head on final hidden states [..., width]: float32 [..., vocabulary], soft-capped as the model does."""
+    """The LM head on final hidden states [..., width]: float32 [..., vocabulary], soft-capped as the model does.
+
+    Gradients pass where the states have any.
+    """
     import torch
 
     head: Any = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    with torch.no_grad():
+    with torch.set_grad_enabled(states.requires_grad):
         values = head(states).float()
     return values if cap is None else (values / cap).tanh() * cap
 
@@ -112,12 +117,18 @@ def input_device(model: "PreTrainedModel") -> "torch.device":
 
 
 def _run(
-    model: "PreTrainedModel", ids: "Tensor", mask: "Tensor", positions: "Tensor", cache: "DynamicCache | None"
+    model: "PreTrainedModel",
+    ids: "Tensor",
+    mask: "Tensor",
+    positions: "Tensor",
+    cache: "DynamicCache | None",
+    *,
+    learning: bool = False,
 ) -> "Tensor":
     import torch
 
     base: Any = model.base_model
-    with torch.no_grad():
+    with torch.set_grad_enabled(learning):
         return base(
             input_ids=ids,
             attention_mask=mask.long(),

@@ -37,14 +37,14 @@ def read_pairs(path: str | Path) -> tuple[Pair, ...]:
     Blank lines and a byte order mark are skipped. Raises PairsError, with file and line, for what is no pair.
     """
     pairs: list[Pair] = []
-    for where, line in _lines(path):
-        row = _row(where, line)
+    for where, line in lines_of(path):
+        row = row_of(where, line)
         for key in PAIR_KEYS:
             if key not in row:
                 raise PairsError(
-                    f"{where}: no {key!r}: a pair needs prompt, positive and negative; it has {_names(row)}"
+                    f"{where}: no {key!r}: a pair needs prompt, positive and negative; it has {names_of(row)}"
                 )
-        pairs.append(Pair(*(_string(where, key, row[key]) for key in PAIR_KEYS)))
+        pairs.append(Pair(*(string_of(where, key, row[key]) for key in PAIR_KEYS)))
     if not pairs:
         raise PairsError(f'{path}: holds no pairs; write one {{"prompt", "positive", "negative"}} object a line')
     return tuple(pairs)
@@ -55,20 +55,20 @@ def read_texts(path: str | Path) -> tuple[str, ...]:
 
     Raises PairsError, with file and line, for a row without a text and for a file without texts.
     """
-    lines = list(_lines(path))
+    lines = list(lines_of(path))
     if not lines:
         raise PairsError(f'{path}: holds no texts; write one a line, or JSON Lines with "text"')
     if not lines[0][1].replace(" ", "").startswith('{"'):
         return tuple(line for _, line in lines)
-    return tuple(_text(where, _row(where, line)) for where, line in lines)
+    return tuple(_text(where, row_of(where, line)) for where, line in lines)
 
 
 def holds_pairs(path: str | Path) -> bool:
     """Whether a file of samples starts with a pair. Raises PairsError for one that cannot be read."""
-    first = next(_lines(path), None)
+    first = next(lines_of(path), None)
     if first is None or not first[1].replace(" ", "").startswith('{"'):
         return False
-    return set(PAIR_KEYS) <= _row(*first).keys()
+    return set(PAIR_KEYS) <= row_of(*first).keys()
 
 
 def split_by_prompt(
@@ -97,7 +97,7 @@ def _group(pair: Pair) -> tuple[str, ...]:
     return (pair.prompt,) if pair.prompt else (pair.positive, pair.negative)
 
 
-def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line that is not blank."""
     try:
         data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -114,7 +114,8 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def _row(where: str, line: str) -> dict[str, Any]:
+def row_of(where: str, line: str) -> dict[str, Any]:
+    """The JSON object of a line; PairsError for anything else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -124,7 +125,8 @@ def _row(where: str, line: str) -> dict[str, Any]:
     return row
 
 
-def _string(where: str, key: str, value: Any) -> str:
+def string_of(where: str, key: str, value: Any) -> str:
+    """A value that must be a string which a tokenizer takes; PairsError otherwise."""
     if not isinstance(value, str):
         raise PairsError(f"{where}: {key!r} must be a string, got {json.dumps(value)[:40]}")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -135,11 +137,12 @@ def _string(where: str, key: str, value: Any) -> str:
 def _text(where: str, row: dict[str, Any]) -> str:
     for keys in TEXT_KEYS:
         if all(isinstance(row.get(key), str) for key in keys):
-            return "".join(_string(where, key, row[key]) for key in keys)
+            return "".join(string_of(where, key, row[key]) for key in keys)
     raise PairsError(
-        f"{where}: no text; expected a string under 'text', or 'prompt' and 'positive'; it has {_names(row)}"
+        f"{where}: no text; expected a string under 'text', or 'prompt' and 'positive'; it has {names_of(row)}"
     )
 
 
-def _names(row: Iterable[str]) -> str:
+def names_of(row: Iterable[str]) -> str:
+    """The keys of a row, for messages."""
     return ", ".join(map(repr, row)) or "no keys"

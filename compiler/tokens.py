@@ -61,11 +61,11 @@ def encode_pairs(
     `max_length` tokens loses tokens from the left (a special first token stays), as many on both sides.
     Raises UsageError where `chat` is asked of a tokenizer without a template.
     """
-    prompts = [_templated(tokenizer, pair.prompt, chat) if chat else pair.prompt for pair in pairs]
+    prompts = [templated(tokenizer, pair.prompt, chat) if chat else pair.prompt for pair in pairs]
     texts = [
         prompt + side for prompt, pair in zip(prompts, pairs, strict=True) for side in (pair.positive, pair.negative)
     ]
-    ids = _encode(tokenizer, texts, special=chat is None)
+    ids = encode_whole(tokenizer, texts, special=chat is None)
     special = frozenset(tokenizer.all_special_ids)
     made: list[PairTokens] = []
     truncated = 0
@@ -85,10 +85,20 @@ def encode_texts(
 
     Texts without a token are left out.
     """
-    ids = [text for text in _encode(tokenizer, texts, special=True) if text]
+    ids = [text for text in encode_whole(tokenizer, texts, special=True) if text]
     long = sum(len(text) > max_length for text in ids)
     notes = (f"{long} texts were cut to their first {max_length} tokens",) * (long > 0)
     return tuple(text[:max_length] for text in ids), notes
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_length: int, chat: Chat | None = None
+) -> tuple[Tokens, ...]:
+    """Token ids of prompts alone; a long one loses tokens from the left, as in `encode_pairs`."""
+    texts = [templated(tokenizer, prompt, chat) for prompt in prompts] if chat else prompts
+    special = frozenset(tokenizer.all_special_ids)
+    ids = encode_whole(tokenizer, texts, special=chat is None)
+    return tuple(_cut(text, len(text) - max_length, special) for text in ids)
 
 
 def take_tokens(texts: Sequence[Tokens], count: int) -> list[Tokens]:
@@ -129,7 +139,8 @@ def _shape(item: PairTokens | Tokens) -> tuple[int, int]:
     return item.shape if isinstance(item, PairTokens) else (len(item), 0)
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool) -> list[Tokens]:
+def encode_whole(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool) -> list[Tokens]:
+    """The token ids of each text, of any length; `special` adds what the tokenizer puts around a text."""
     if not texts:
         return []
     # verbose=False: texts beyond the model's length are cut here, so the tokenizer need not warn.
@@ -155,7 +166,8 @@ def _split(positive: Tokens, negative: Tokens) -> PairTokens | None:
     return PairTokens(positive[:common], positive[common:], negative[common:])
 
 
-def _templated(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: Chat) -> str:
+def templated(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: Chat) -> str:
+    """The prompt as a user's message in the chat template; UsageError for a template that is none or refuses it."""
     if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template: leave out --chat, or use an instruct model")
     system = [{"role": "system", "content": chat.system}] if chat.system is not None else []

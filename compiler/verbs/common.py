@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from austeer.compiler.card import read_card, render_card
+from austeer.compiler.card import RecoveryTable, read_card, render_card
 from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.gate_card import gates_record
@@ -153,17 +153,26 @@ def _fits_in_float32(base: Base, settings: Settings) -> bool:
     return fits_in_float32(values, settings.device)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What else is known of a compiled model before it appears: for the manifest, and for the card."""
+
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sides: Mapping[str, SideCheck] = field(default_factory=dict[str, SideCheck])
+    recovery: RecoveryTable = ()
+
+
 def write_compiled(
     compiled: Compiled,
     out: Path,
     *,
     certify: Callable[[Path], Certificate] | None = None,
-    check_sides: Callable[[Path], Mapping[str, SideCheck]] = lambda _: {},
+    measure: Callable[[Path], Measured] = lambda _: Measured(),
     extra: dict[str, Any] | None = None,
 ) -> Certificate | None:
     """Writes the compiled model at `out`, whole or not at all, and certifies it before it appears.
 
-    `check_sides` measures it where its gates are to open and where not, for card and manifest.
+    `measure` says what else is to stand in card and manifest.
     Raises OutputError if `out` exists or cannot be written, CheckFailed, leaving nothing, if the certificate
     does not hold.
     """
@@ -190,9 +199,9 @@ def write_compiled(
             raise CheckFailed(
                 f"{out}: not written, for its certificate does not hold: {'; '.join(certificate.failures())}"
             )
-        sides = check_sides(folder)
+        measured = measure(folder)
         manifest |= {
-            **({"sides": {name: found.plain() for name, found in sides.items()}} if sides else {}),
+            **measured.record,
             "rounding": writing.rounding,
             "certificate": certificate.plain() if certificate else None,
             "versions": tool_versions(),
@@ -205,7 +214,8 @@ def write_compiled(
             certificate,
             form=compiled.form,
             notes=plan.notes,
-            sides=sides,
+            sides=measured.sides,
+            recovery=measured.recovery,
         )
         write_file(folder / "README.md", card)
     return certificate

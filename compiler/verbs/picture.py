@@ -1,16 +1,12 @@
-"""The picture of a search: effect against drift."""
+"""Pictures as files: equal figures give equal bytes."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import UsageError
-from austeer.compiler.measure import Score
 from austeer.compiler.staging import require_place, write_atomically
-from austeer.passes.reach import Trial
-from austeer.passes.search import Search
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,42 +23,15 @@ def require_picture(file: Path) -> None:
     require_place(file)
 
 
-def draw_search(found: Search, limit: float, file: Path) -> None:
-    """Writes the picture, whole or not at all: equal searches give equal bytes."""
+def write_picture(draw: "Callable[[Axes], None]", file: Path) -> None:
+    """Writes what `draw` puts on the axes it is given, whole or not at all."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "austeer-compile", "svg.fonttype": "none"}):
         figure = Figure(figsize=SIZE, layout="constrained")  # no pyplot: no display, and nothing to close
-        _draw(figure.subplots(), found, limit)
+        draw(figure.subplots())
         write_atomically(file, _bytes(figure, file.suffix.lower().lstrip(".")))
-
-
-def _draw(axes: "Axes", found: Search, limit: float) -> None:
-    name, base = _first(found.base)
-    judged = [trial for trial in found.table if trial.effect]
-    for place in sorted({_place(trial) for trial in judged}):
-        here = [trial for trial in judged if _place(trial) == place]
-        axes.scatter([trial.drift for trial in here], _values(here), s=28, alpha=0.7, label=place or "trials")
-    if found.best:
-        axes.scatter([found.best.drift], _values([found.best]), s=220, marker="*", c="black", zorder=3, label="chosen")
-    axes.axvline(limit, color="tab:red", linestyle="--", label=f"limit {limit:g}")
-    axes.axhline(base, color="grey", linestyle=":", label=f"base {base:.3f}")
-    axes.set(xlabel="drift (nats per token of neutral text)", ylabel=f"held-out {name}", xlim=(0, 1.2 * limit))
-    axes.legend(fontsize="small")
-
-
-def _place(trial: Trial) -> str:
-    return ", ".join(value for value in trial.point.values() if isinstance(value, str) and value)
-
-
-def _values(trials: Sequence[Trial]) -> list[float]:
-    return [_first(trial.effect)[1] for trial in trials if trial.effect]
-
-
-def _first(score: Score) -> tuple[str, float]:
-    """The first figure of a score and its name."""
-    return next(iter(asdict(score).items()))
 
 
 def _bytes(figure: "Figure", form: str) -> bytes:

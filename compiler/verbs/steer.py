@@ -21,11 +21,12 @@ from austeer.compiler.staging import require_place
 from austeer.compiler.verbs.adaptive import NEURONS, Adaptive, Gating
 from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
 from austeer.compiler.verbs.bases import Base, open_base
-from austeer.compiler.verbs.common import FORM, Compiled, Settings, certificate_dtype, target_for, write_compiled
+from austeer.compiler.verbs.common import FORM, Compiled, Measured, Settings, certificate_dtype, target_for, write_compiled
 from austeer.compiler.verbs.finding import Choice, Finding, find
 from austeer.compiler.verbs.goal import Goal
 from austeer.compiler.verbs.methods import Method, method_named
-from austeer.compiler.verbs.picture import draw_search, require_picture
+from austeer.compiler.verbs.picture import require_picture
+from austeer.compiler.verbs.search_picture import draw_search
 from austeer.passes.legalize import refusal
 from austeer.targets.llama_cpp import find_converter
 
@@ -140,11 +141,12 @@ def steer(
 
     sides: dict[str, SideCheck] = {}
 
-    def check_sides(folder: Path) -> dict[str, SideCheck]:
+    def measure(folder: Path) -> Measured:
         sides.update(_check_sides(compiled, finding.gating, folder, dtype, settings))
-        return sides
+        record = {"sides": {name: found.plain() for name, found in sides.items()}} if sides else {}
+        return Measured(record, sides)
 
-    certificate = write_compiled(compiled, out, certify=check, check_sides=check_sides, extra=extra)
+    certificate = write_compiled(compiled, out, certify=check, measure=measure, extra=extra)
     drawing(finding)
     report = _report(out, method, finding, certificate, (*notes, *compiled.plan.notes))
     return replace(report, approximations=table, sides=sides)

@@ -46,7 +46,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, S
         )  # fmt: skip
         return found
 
-    write_compiled(Compiled.of(gated(), open_base(str(base))), out, check_sides=check)
+    write_compiled(Compiled.of(gated(), open_base(str(base))), out, measure=check)
     return out, found
 
 

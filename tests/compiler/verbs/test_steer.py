@@ -12,7 +12,7 @@ from austeer.compiler.manifest import MANIFEST, PROGRAM, read_manifest
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.verbs.common import Settings
 from austeer.compiler.verbs.demo import MODEL
-from austeer.compiler.verbs.picture import draw_search
+from austeer.compiler.verbs.search_picture import draw_search
 from austeer.compiler.verbs.steer import Steering, steer
 from tests.tiny import Tiny, on_disk
 

@@ -1,0 +1,171 @@
+"""What pruning cost, told by the dense model and then by the pruned one: loss, accuracy, and components of heads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from austeer.compiler.edits import Floats
+from austeer.compiler.errors import PairsError
+from austeer.compiler.head_outputs import HeadOutputs, record, record_sides
+from austeer.compiler.measure import effects
+from austeer.compiler.pairs import Pair, split_by_prompt
+from austeer.compiler.program import Program
+from austeer.compiler.pruning import Pruning
+from austeer.compiler.response_loss import mean_loss
+from austeer.compiler.responses import Response, Sample
+from austeer.compiler.tokens import PairTokens, Tokens, encode_pairs, encode_prompts
+from austeer.compiler.verbs.common import Settings
+from austeer.compiler.verbs.task import Task
+from austeer.passes.hardest_answers import hardest_answers
+from austeer.passes.head_importance import importances
+from austeer.passes.head_shifts import HeadShifts
+from austeer.passes.lost_components import lost_components
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBED = 1000  # contrasts that heads are probed with, at most
+JUDGED = 500  # contrasts that accuracy is taken on, at most
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Pairs to probe the heads with, the prompts of each as text and as tokens, and others to judge by."""
+
+    probed: tuple[PairTokens, ...]
+    prompts: tuple[str, ...]
+    texts: tuple[Tokens, ...]
+    judged: tuple[PairTokens, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DenseView:
+    """What the dense model says: the loss on the test samples, accuracy, and what its heads put out."""
+
+    loss: float
+    accuracy: float | None
+    contrasts: Contrasts
+    at_prompts: HeadOutputs
+    at_sides: tuple[HeadOutputs, HeadOutputs]
+
+
+@dataclass(frozen=True, eq=False)
+class Lost:
+    """The shifts to begin with, and every head's importance [layers, heads]; None, with a note, where it is unknown."""
+
+    shifts: HeadShifts
+    importance: Floats | None
+    note: str = ""
+
+
+def ask_dense(
+    model: "PreTrainedModel",
+    contrasts: Contrasts,
+    test: Sequence[Response],
+    pruning: Pruning,
+    scratch: Path,
+    batch_tokens: int,
+) -> DenseView:
+    """Runs the dense model; what its heads put out is kept in `scratch`, in the order of the pruned model's heads."""
+    files = [scratch / f"dense-{name}.safetensors" for name in ("prompts", "positive", "negative")]
+    prompts = record(model, contrasts.texts, files[0], batch_tokens=batch_tokens)
+    sides = record_sides(model, contrasts.probed, *files[1:], batch_tokens=batch_tokens)
+    first, second = (side.in_order(pruning.head_map) for side in sides)
+    return DenseView(
+        mean_loss(model, test, batch_tokens),
+        accuracy(model, contrasts.judged, None, batch_tokens),
+        contrasts,
+        prompts.in_order(pruning.head_map),
+        (first, second),
+    )
+
+
+def ask_pruned(model: "PreTrainedModel", view: DenseView, task: Task, scratch: Path, settings: Settings) -> Lost:
+    """Runs the pruned model on the same prompts: what its heads lost, and which of them matter."""
+    at_prompts = record(model, view.contrasts.texts, scratch / "pruned.safetensors", batch_tokens=settings.batch_tokens)
+    importance, note = None, ""
+    try:
+        importance = importances(at_prompts, *view.at_sides, view.contrasts.prompts, settings.seed)
+    except PairsError as error:
+        if task.top_heads != "all":
+            raise
+        note = f"no importance of heads: {error}"
+    return Lost(_shifts(view.at_prompts, at_prompts, importance, task), importance, note)
+
+
+def accuracy(
+    model: "PreTrainedModel", pairs: Sequence[PairTokens], program: Program | None, batch_tokens: int
+) -> float | None:
+    """How often the positive side is the likelier one; None without pairs."""
+    return effects(model, pairs, [program], batch_tokens)[0].accuracy if pairs else None
+
+
+def contrasts_of(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Pair] | None,
+    fit: Sequence[Sample],
+    test: Sequence[Sample],
+    length: int,
+    settings: Settings,
+) -> Contrasts:
+    """The user's pairs, a part of them held out; or, for each sample, its response and the hardest other answer."""
+    notes: list[str] = []
+    if pairs is not None:
+        probed, judged = split_by_prompt(pairs, settings.seed)
+    else:
+
+        def hardest(samples: Sequence[Sample]) -> tuple[Pair, ...]:
+            texts = [(sample.prompt, sample.response) for sample in samples]
+            return hardest_answers(model, tokenizer, texts, batch_tokens=settings.batch_tokens, max_length=length)
+
+        probed = hardest(fit[:PROBED])
+        try:
+            judged = hardest(test[:JUDGED])
+        except PairsError:
+            judged = ()
+            notes.append("no accuracy: the held-out samples have no two different answers")
+    encoded = [(pair, encode_pairs(tokenizer, [pair], length, settings.chat)) for pair in probed[:PROBED]]
+    kept = [(pair, found.pairs[0]) for pair, found in encoded if found.pairs]
+    if not kept:
+        raise PairsError("no pair can be used: both sides have the same tokens, or none within the limit")
+    prompts = tuple(pair.prompt or pair.positive for pair, _ in kept)
+    held = encode_pairs(tokenizer, judged[:JUDGED], length, settings.chat)
+    texts = encode_prompts(tokenizer, prompts, length, settings.chat)
+    return Contrasts(tuple(tokens for _, tokens in kept), prompts, texts, held.pairs, (*notes, *held.notes))
+
+
+def _shifts(dense: HeadOutputs, pruned: HeadOutputs, importance: Floats | None, task: Task) -> HeadShifts:
+    """The lost components of the chosen heads; one layer's outputs are in memory at a time."""
+    chosen = _chosen(importance, task, pruned.layers, pruned.heads)
+    heads, directions, magnitudes, sizes = [], [], [], []
+    for layer in range(pruned.layers):
+        ours = np.flatnonzero(chosen[layer])
+        if not len(ours):
+            continue
+        whole = dense.layer(layer)[:, ours]
+        lost = lost_components(whole - pruned.layer(layer)[:, ours])
+        heads.append(np.stack([np.full_like(ours, layer), ours], axis=1))
+        directions.append(lost.directions[:, :, : task.components])
+        magnitudes.append(lost.magnitudes[:, : task.components])
+        sizes.append(_sizes(whole))
+    return HeadShifts(*(np.ascontiguousarray(np.concatenate(part)) for part in (heads, directions, magnitudes, sizes)))
+
+
+def _chosen(importance: Floats | None, task: Task, layers: int, heads: int) -> NDArray[np.bool_]:
+    """The most important heads of all layers (ties: lower layer, then lower head)."""
+    chosen = np.zeros(layers * heads, bool)
+    ranked = np.arange(len(chosen)) if importance is None else np.argsort(-importance, axis=None, kind="stable")
+    chosen[ranked[: task.count(len(chosen))]] = True
+    return chosen.reshape(layers, heads)
+
+
+def _sizes(outputs: Floats) -> Floats:
+    """The RMS of each head's outputs [count, heads, dim]; 1 for a head that is silent."""
+    rms = np.sqrt(np.square(outputs, dtype=np.float64).mean((0, 2))).astype(np.float32)
+    return np.where(rms > 0, rms, np.float32(1))

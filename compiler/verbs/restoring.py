@@ -1,0 +1,196 @@
+"""Restoring on live models: the dense one says what was lost, then the pruned one learns what to add."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from austeer.compiler.certificate import stored_dtype
+from austeer.compiler.edits import Floats
+from austeer.compiler.errors import CheckFailed, PairsError
+from austeer.compiler.forward import longest_text
+from austeer.compiler.live import live_facts, load_model, load_tokenizer
+from austeer.compiler.measure import applied
+from austeer.compiler.pairs import Pair
+from austeer.compiler.program import Program
+from austeer.compiler.pruning import Pruning, require_same_tokenizer
+from austeer.compiler.recovery import Recovery
+from austeer.compiler.response_loss import mean_loss
+from austeer.compiler.responses import Response, Sample, encode_responses, split_samples
+from austeer.compiler.team import Team
+from austeer.compiler.tokens import Tokens
+from austeer.compiler.verbs.bases import Base
+from austeer.compiler.verbs.common import Settings
+from austeer.compiler.verbs.lost import DenseView, Lost, accuracy, ask_dense, ask_pruned, contrasts_of
+from austeer.compiler.verbs.task import Task
+from austeer.passes.head_shifts import HeadShifts
+from austeer.passes.search import digest
+from austeer.passes.train_shifts import Trained, train_shifts
+from austeer.passes.training_state import StateFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Models:
+    """The dense and the pruned model, and what was done to make the one of the other."""
+
+    dense: Base
+    pruned: Base
+    pruning: Pruning
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """The program, what it recovers, how important every head is [layers, heads], and how the chosen were trained.
+
+    `samples` counts those fitted to, stopped by and reported on; `texts` are the last, which nothing was fitted to.
+    """
+
+    program: Program
+    trained: Trained
+    loss: Recovery
+    accuracy: Recovery | None
+    importance: Floats | None
+    samples: tuple[int, int, int]
+    texts: list[Tokens]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The samples to fit to, to stop by and to report on, as tokens; `raw` as they were."""
+
+    raw: tuple[tuple[Sample, ...], ...]
+    parts: tuple[tuple[Response, ...], ...]
+    length: int
+    notes: tuple[str, ...]
+
+
+def find_restoration(
+    models: Models,
+    samples: Sequence[Sample],
+    pairs: Sequence[Pair] | None,
+    task: Task,
+    state: Path,
+    settings: Settings,
+    team: Team,
+) -> Restored | None:
+    """Runs the dense and then the pruned model, one in memory at a time, and trains what the heads lack.
+
+    The first process of a team prepares and reports; all of them train, and the others return None. Raises PairsError
+    for samples that are too few, CheckFailed where restoring does not help or a loss is no number.
+    """
+    tokenizer = load_tokenizer(models.pruned.path)
+    require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
+    view, lost = None, None
+    with TemporaryDirectory(prefix="austeer-") as scratch:
+        if team.leads:
+            view = _view_dense(models, tokenizer, samples, pairs, Path(scratch), settings)
+        model = _load(models.pruned, settings, team)
+        material = _material(model, tokenizer, samples, settings)
+        if view is not None:
+            lost = ask_pruned(model, view, task, Path(scratch), settings)
+    shifts = team.share(lost.shifts if lost else None)
+    file = StateFile(state, _identity(models, material, task))
+    trained = _train(model, shifts, material, task, file, settings, team)
+    return _judge(model, trained, view, lost, material, task, settings) if view and lost else None
+
+
+def _view_dense(
+    models: Models,
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: Sequence[Sample],
+    pairs: Sequence[Pair] | None,
+    scratch: Path,
+    settings: Settings,
+) -> DenseView:
+    model = _load(models.dense, settings, Team())
+    material = _material(model, tokenizer, samples, settings)
+    fit, _, test = material.raw
+    contrasts = contrasts_of(model, tokenizer, pairs, fit, test, material.length, settings)
+    return ask_dense(model, contrasts, material.parts[2], models.pruning, scratch, settings.batch_tokens)
+
+
+def _load(base: Base, settings: Settings, team: Team) -> "PreTrainedModel":
+    """As stored, for files that are mapped take no memory of their own; but float16, which no gradient survives."""
+    dtype = settings.dtype
+    if dtype == "auto" and stored_dtype(base.path) == "float16":
+        dtype = "bfloat16"
+    return load_model(base.path, dtype=dtype, device=team.device or settings.device)
+
+
+def _material(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], settings: Settings
+) -> _Material:
+    length = min(settings.length_for(model.config.to_dict()), longest_text(model))
+    raw = split_samples(samples, settings.seed)
+    encoded = [encode_responses(tokenizer, part, length, settings.chat) for part in raw]
+    for (responses, _), purpose in zip(encoded, ("fit to", "stop by", "report on"), strict=True):
+        if not responses:
+            raise PairsError(
+                f"no sample is left to {purpose}: of their responses nothing lies within {length} tokens; give more "
+                "samples, or a larger --max-length"
+            )
+    notes = (note for _, found in encoded for note in found)
+    return _Material(raw, tuple(responses for responses, _ in encoded), length, tuple(dict.fromkeys(notes)))
+
+
+def _identity(models: Models, material: _Material, task: Task) -> dict[str, str]:
+    """What a training's state belongs to; its length and its learning rate may change."""
+    tokens = [[(response.prefix, response.own) for response in part] for part in material.parts]
+    return {
+        "model": digest([models.dense.describe(), models.pruned.describe()]),
+        "data": digest(tokens),
+        "heads": str(task.top_heads),
+        "components": str(task.components),
+        "batch size": str(task.schedule.batch_size),
+        "seed": str(task.schedule.seed),
+    }
+
+
+def _train(
+    model: "PreTrainedModel",
+    shifts: HeadShifts,
+    material: _Material,
+    task: Task,
+    file: StateFile,
+    settings: Settings,
+    team: Team,
+) -> Trained:
+    if task.schedule.epochs == 0:
+        return Trained.untrained(shifts)
+    fit, stop, _ = material.parts
+    return train_shifts(model, shifts, fit, stop, task.schedule, file, batch_tokens=settings.batch_tokens, team=team)
+
+
+def _judge(
+    model: "PreTrainedModel",
+    trained: Trained,
+    view: DenseView,
+    lost: Lost,
+    material: _Material,
+    task: Task,
+    settings: Settings,
+) -> Restored:
+    """What is back, on samples and pairs that nothing was fitted to."""
+    program = trained.shifts.program(trained.best, live_facts(model).geometry)
+    test, judged, batch_tokens = material.parts[2], view.contrasts.judged, settings.batch_tokens
+    before, right = mean_loss(model, test, batch_tokens), accuracy(model, judged, None, batch_tokens)
+    with applied(model, program):
+        loss = Recovery(view.loss, before, mean_loss(model, test, batch_tokens))
+    restored = accuracy(model, judged, program, batch_tokens)
+    hits = None
+    if view.accuracy is not None and right is not None and restored is not None:
+        hits = Recovery(view.accuracy, right, restored)
+    notes = [*material.notes, *view.contrasts.notes, *([lost.note] if lost.note else [])]
+    if loss.restored >= loss.pruned:
+        worse = f"the held-out loss is {loss.pruned:.4f} nats per token without it and {loss.restored:.4f} with it"
+        if task.schedule.epochs != 0:
+            raise CheckFailed(f"restoring does not help: {worse}. Nothing was written. Give more data, or another --lr")
+        notes.append(f"the lost components alone do not help: {worse}; train them (leave out --epochs 0)")
+    counts = len(material.parts[0]), len(material.parts[1]), len(test)
+    texts = [response.text for response in test]
+    return Restored(program, trained, loss, hits, lost.importance, counts, texts, tuple(notes))

@@ -1,0 +1,282 @@
+"""train_shifts: pruned model, lost components and responses → the compensation with the least held-out loss."""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from austeer.compiler.errors import CheckFailed
+from austeer.compiler.forward import input_device
+from austeer.compiler.hooked import widen
+from austeer.compiler.live import live_facts, port
+from austeer.compiler.progress import track
+from austeer.compiler.response_loss import packs, places, recomputing, summed_loss
+from austeer.compiler.responses import Response
+from austeer.compiler.team import Team
+from austeer.passes.head_shifts import HeadShifts
+from austeer.passes.training_state import StateFile, TrainingState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+WARM_UP = 0.05  # of the steps
+EVALUATIONS = 16  # of the held-out loss, in the whole training
+PATIENCE = 4  # evaluations without a better loss, after which it stops
+STOP_TOKENS = 16_384  # of held-out text, for each evaluation
+LEAST_EPOCHS, LEAST_STEPS = 3, 300  # where the user names no epochs: the paper's, and more where samples are few
+KEPT_BYTES = 2**28  # of activations kept for gradients; where there would be more, blocks run again instead
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: Adam with warm-up and cosine. `lr` is a step as a share of a head's RMS output."""
+
+    lr: float = 0.02
+    epochs: int | None = None  # None: 3, and as many more as 300 steps need
+    batch_size: int = 8  # samples of a step
+    seed: int = 0
+
+    def steps(self, samples: int) -> int:
+        """The number of steps over so many samples."""
+        needed = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / self._an_epoch(samples)))
+        return (needed if self.epochs is None else self.epochs) * self._an_epoch(samples)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step: linear warm-up, then half a cosine down to 0."""
+        warm = max(1, round(WARM_UP * steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
+    def batch(self, step: int, samples: int) -> list[int]:
+        """The samples of a step: the same in every process and after every interruption."""
+        epoch, place = divmod(step, self._an_epoch(samples))
+        order = np.random.default_rng([self.seed, epoch]).permutation(samples)
+        return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+
+    def _an_epoch(self, samples: int) -> int:
+        return math.ceil(samples / self.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What to add, the best of what was trained [n, k + dim], and the held-out losses by step that chose it."""
+
+    shifts: HeadShifts
+    best: "Tensor"
+    losses: Mapping[int, float]
+    step: int
+
+    @property
+    def best_step(self) -> int:
+        """The first step after which the held-out loss was least."""
+        return min(self.losses, key=self.losses.__getitem__, default=0)
+
+    @staticmethod
+    def untrained(shifts: HeadShifts) -> "Trained":
+        """Lost components alone."""
+        import torch
+
+        return Trained(shifts, torch.from_numpy(shifts.start), {}, 0)
+
+
+def train_shifts(
+    model: "PreTrainedModel",
+    shifts: HeadShifts,
+    fit: Sequence[Response],
+    stop: Sequence[Response],
+    schedule: Schedule,
+    file: StateFile,
+    *,
+    batch_tokens: int,
+    team: Team = Team(),  # noqa: B008 (frozen)
+) -> Trained:
+    """Trains the compensation of the chosen heads, everything else frozen, on the loss of the responses' own tokens.
+
+    A step's samples pass `batch_tokens` at a time, and their gradients are added. The processes of a team share them,
+    with the same result up to the order of sums. The state is kept at each evaluation of `stop`, and training goes on
+    from it. Raises CheckFailed where the loss is no number; the last state that was kept stays.
+    """
+    state = team.share((file.load() if team.leads else None,))[0]
+    training = _Training.of(model, shifts, state)
+    steps = schedule.steps(len(fit))
+    every = max(1, math.ceil(steps / EVALUATIONS))
+    runner = _Runner(model, training.shifts, batch_tokens, team)
+    watched = _first_tokens(stop, STOP_TOKENS)
+    with runner.shifting():
+        if not training.losses:
+            training.judge(runner.loss(watched, training.trained))
+        for step in track(range(training.step, steps), "Training", steps - training.step):
+            batch = [fit[index] for index in schedule.batch(step, len(fit))]
+            loss = runner.backward(batch, training.trained)
+            if not (math.isfinite(loss) and bool(training.gradient.isfinite().all())):
+                raise CheckFailed(_no_number(loss, step, steps, batch, training, file))
+            training.move(schedule.rate(step, steps))
+            if training.step % every == 0 or training.step == steps:
+                training.judge(runner.loss(watched, training.trained))
+                if team.leads:
+                    file.save(training.state())
+                if training.stale:
+                    break
+    return training.result()
+
+
+class _Training:
+    """A training as it goes: what is trained, its optimiser, and the best so far."""
+
+    def __init__(self, shifts: HeadShifts, trained: "Tensor") -> None:
+        import torch
+
+        self.shifts, self.trained = shifts, trained.requires_grad_()
+        self.trained.grad = torch.zeros_like(trained)
+        self.best = trained.detach().clone()
+        self.optimizer = torch.optim.Adam([self.trained])
+        self.step = 0
+        self.losses: dict[int, float] = {}
+
+    @staticmethod
+    def of(model: "PreTrainedModel", shifts: HeadShifts, state: TrainingState | None) -> "_Training":
+        """At its start, or where its state was kept."""
+        import torch
+
+        device = input_device(model)
+        if state is None:
+            return _Training(shifts, torch.from_numpy(shifts.start).to(device))
+        array = {name: torch.from_numpy(value).to(device) for name, value in state.arrays.items()}
+        made = _Training(HeadShifts(**{name: state.arrays[name] for name in shifts.arrays()}), array["trained"])
+        moments = {name: array[name] for name in ("exp_avg", "exp_avg_sq")}
+        made.optimizer.state[made.trained] = {"step": torch.tensor(float(state.step)), **moments}
+        made.best, made.step, made.losses = array["best"], state.step, dict(state.losses)
+        return made
+
+    @property
+    def gradient(self) -> "Tensor":
+        """Of what is trained."""
+        assert self.trained.grad is not None
+        return self.trained.grad
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last evaluations brought nothing."""
+        return sum(step > self.result().best_step for step in self.losses) >= PATIENCE
+
+    def move(self, rate: float) -> None:
+        """One step down the gradient, which is then forgotten."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.gradient.zero_()
+        self.step += 1
+
+    def judge(self, loss: float) -> None:
+        """Takes a held-out loss, and remembers the best."""
+        if not self.losses or loss < min(self.losses.values()):
+            self.best = self.trained.detach().clone()
+        self.losses[self.step] = loss
+
+    def state(self) -> TrainingState:
+        """What is to be kept."""
+        moments: Any = self.optimizer.state[self.trained]
+        held = {"trained": self.trained, "best": self.best, **{n: moments[n] for n in ("exp_avg", "exp_avg_sq")}}
+        arrays = {name: value.detach().cpu().numpy() for name, value in held.items()}
+        return TrainingState(self.step, {**arrays, **self.shifts.arrays()}, dict(self.losses))
+
+    def result(self) -> Trained:
+        """The best."""
+        return Trained(self.shifts, self.best, self.losses, self.step)
+
+
+class _Runner:
+    """Runs the model with the compensation at its heads, on this process's share of a batch."""
+
+    def __init__(self, model: "PreTrainedModel", shifts: HeadShifts, batch_tokens: int, team: Team) -> None:
+        self.model, self.shifts, self.batch_tokens, self.team = model, shifts, batch_tokens, team
+        self.facts = live_facts(model)
+        self.added: Mapping[int, Tensor] = {}
+
+    @contextmanager
+    def shifting(self) -> Generator[None]:
+        """Within the context every chosen head's output is compensated."""
+        with ExitStack() as hooks:
+            for layer in self.shifts.layers:
+                place = port(self.model, self.facts, layer, "heads").module
+                hooks.callback(place.register_forward_pre_hook(self._hook(layer)).remove)
+            yield
+
+    def loss(self, responses: Sequence[Response], trained: "Tensor") -> float:
+        """Nats per own token, of all processes together."""
+        import torch
+
+        with torch.no_grad():
+            self._compensate(trained)
+            total = sum(float(summed_loss(self.model, part)) for part in self._parts(responses))
+        return self._sum(total, trained) / _own(responses)
+
+    def backward(self, batch: Sequence[Response], trained: "Tensor") -> float:
+        """The same, and its gradient added to that of what is trained."""
+        total, tokens = 0.0, _own(batch)
+        for part in self._parts(batch):
+            with self._sparing(part):
+                self._compensate(trained)
+                loss: Any = summed_loss(self.model, part, learning=True)
+                (loss / tokens).backward()
+            total += float(loss.detach())
+        assert trained.grad is not None
+        self.team.add(trained.grad)
+        return self._sum(total, trained) / tokens
+
+    def _parts(self, responses: Sequence[Response]) -> list[list[Response]]:
+        return packs(responses[self.team.rank :: self.team.size], self.batch_tokens)
+
+    def _compensate(self, trained: "Tensor") -> None:
+        self.added = self.shifts.by_layer(self.shifts.compensation(trained), self.facts.geometry.heads)
+
+    def _hook(self, layer: int) -> Callable[..., Any]:
+        def hook(_: Any, args: tuple["Tensor", ...]) -> tuple["Tensor", ...]:
+            x = args[0]
+            return (widen(x) + self.added[layer].to(x.device)).to(x.dtype), *args[1:]
+
+        return hook
+
+    def _sparing(self, part: Sequence[Response]) -> AbstractContextManager[None]:
+        """Blocks run again where their activations would take too much memory: about so many values a token."""
+        sizes = self.facts.geometry
+        a_token = sizes.layers * (8 * sizes.residual + 4 * sizes.heads + 4 * sizes.neurons)
+        values = len(part) * max(len(response.text) for response in part) * a_token
+        return recomputing(self.model) if values * self.model.dtype.itemsize > KEPT_BYTES else nullcontext()
+
+    def _sum(self, value: float, like: "Tensor") -> float:
+        total = like.new_tensor(value)
+        self.team.add(total)
+        return float(total) if self.team.size > 1 else value
+
+
+def _own(responses: Sequence[Response]) -> int:
+    return sum(response.scored for response in responses)
+
+
+def _first_tokens(responses: Sequence[Response], count: int) -> list[Response]:
+    """Responses from the first on, until they hold so many tokens; at least one."""
+    taken: list[Response] = []
+    for response in responses:
+        if taken and count <= 0:
+            break
+        taken.append(response)
+        count -= len(response.text)
+    return taken
+
+
+def _no_number(
+    loss: float, step: int, steps: int, batch: Sequence[Response], training: _Training, file: StateFile
+) -> str:
+    what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
+    kept = [at for at in training.losses if at]
+    state = f"The state after step {kept[-1]} is kept in {file.path}, and the same command goes on from it"
+    return (
+        f"training stopped in step {step + 1} of {steps}, on the samples at {places(batch)}: the {what}"
+        f"{' holds values that are no numbers' if math.isfinite(loss) else ''}. "
+        f"{state if kept else 'Nothing was trained yet'}; use a smaller --lr, or look at these samples"
+    )
