@@ -132,7 +132,8 @@ def render_card(
     how = "approximately " if certificate and certificate.approximate else ""
     listed = "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
     body = BODY.format(
-        base=base, done="restored" if recovery else "steered", recovery=_recovered(recovery), what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
+        base=base, done="restored" if recovery else "steered", recovery=_recovered(recovery),
+        what=words.what.format(base=base, how=how), kept=words.kept, licence=stated, notes=listed,
         sha256=program.sha256, count=len(program.edits), program=PROGRAM,
         manifest=MANIFEST, rows="\n".join(rows), gates=gates_section(program, sides or {}),
         certificate=_measured(certificate),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from austeer.compiler.program import Program
 
 REFERENCE = "the base model with hooks (the interpreter)"
+COMPARED = 2**21  # logits of a block that are compared in double precision
 LOGIT_BYTES = 2**29  # reference logits kept between the two models
 APPROXIMATION_SHARE = 0.5  # of the way from the base to the reference, an approximation has to go at least half
 GREEDY_TEXTS, GREEDY_PROMPT, GREEDY_TOKENS = 8, 16, 32
@@ -125,7 +126,12 @@ class Comparison:
     max_logit: float = 0.0
 
     def add(self, reference: "Tensor", other: "Tensor") -> None:
-        """Takes in one text; both [tokens, vocabulary]."""
+        """Takes in one text; both [tokens, vocabulary]. Doubles are made of a few tokens at a time."""
+        step = max(1, COMPARED // reference.shape[-1])
+        for ours, theirs in zip(reference.split(step), other.split(step), strict=True):
+            self._add(ours, theirs)
+
+    def _add(self, reference: "Tensor", other: "Tensor") -> None:
         difference = (reference - other).abs()
         log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
         self.tokens += len(reference)
@@ -235,4 +241,5 @@ def _zeros(model: "PreTrainedModel") -> float:
     # An adapter stands beside the weights and is none of them.
     named = ((name, weight) for name, weight in model.named_parameters() if "lora_" not in name)
     weights = [weight for _, weight in named if weight.dim() >= 2]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    values = sum(weight.numel() for weight in weights)
+    return (values - sum(int(weight.count_nonzero()) for weight in weights)) / values

@@ -69,6 +69,16 @@ RUN = options(
 )  # fmt: skip
 
 
+class TopHeads(click.ParamType[Any]):
+    """A number of heads, or all."""
+
+    name = "heads"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A whole number, or "all" as it is."""
+        return value if value == "all" else click.INT.convert(value, param, ctx)
+
+
 def settings(arguments: dict[str, Any]) -> "Settings":
     """Takes the run options out of a command's arguments."""
     from austeer.compiler.tokens import Chat
@@ -94,6 +104,8 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
                 click.echo(json.dumps({"error": message}))
             click.echo(f"Error: {message}", err=True)
             sys.exit(getattr(error, "exit_code", 1))
+        if report is None:  # another process of the same job reports
+            return
         if as_json:
             click.echo(json.dumps(report.plain(), allow_nan=False))
         else:
@@ -171,6 +183,58 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 def steer(**arguments: Any) -> Any:
     """Find what tells good from bad answers inside the model, edit it, and write the steered checkpoint."""
     from austeer.compiler.verbs.steer import steer as verb
+
+    chosen = settings(arguments)
+    return verb(settings=chosen, **arguments)
+
+
+@main.command(epilog="PRUNED and the dense MODEL are folders in Hugging Face layout or Hub ids.")
+@click.argument("pruned")
+@click.option("--dense", metavar="MODEL", required=True, help="The model that was pruned.")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt and response, or text."
+)
+@OUT
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    help="JSON Lines: prompt, positive, negative, to find the heads that matter by; default: made of --data.",
+)
+@click.option("--top-heads", type=TopHeads(), metavar="K|all", help="Heads to restore; default: half of them.")
+@click.option("--components", type=int, default=10, show_default=True, help="Lost components of a head to start from.")
+@click.option("--epochs", type=int, help="0: lost components alone. Default: 3, and more where samples are few.")
+@click.option(
+    "--lr", type=float, default=0.02, show_default=True, help="Adam's step, as a share of a head's RMS output."
+)
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Samples of a step.")
+@click.option(
+    "--head-map",
+    type=click.Path(path_type=Path),
+    help="JSON: for each layer the dense heads that were kept; default: told by the weights.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Keep the training in this file, and go on with it; default: beside OUT until that is written.",
+)
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw heads and layers: a .png or .svg file.")
+@click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
+@click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@TARGET
+@FORM
+@REVISION
+@click.option("--dense-revision", metavar="REV", help="Branch, tag or commit of a dense Hub model.")
+@RUN
+@JSON
+@reporting
+def restore(**arguments: Any) -> Any:
+    """Bring back what pruning lost, as constants of attention heads, and write the restored checkpoint.
+
+    Every zero stays zero. To train on several processes or GPUs: accelerate launch -m austeer.compiler.cli restore ...
+    """
+    from austeer.compiler.verbs.restore import restore as verb
 
     chosen = settings(arguments)
     return verb(settings=chosen, **arguments)

@@ -94,7 +94,7 @@ def ask_pruned(model: "PreTrainedModel", view: DenseView, task: Task, scratch: P
     except PairsError as error:
         if task.top_heads != "all":
             raise
-        note = f"no importance of heads: {error}"
+        note = f"the importance of heads is unknown, and no picture shows it: {error}"
     return Lost(_shifts(view.at_prompts, at_prompts, importance, task), importance, note)
 
 

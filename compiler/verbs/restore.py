@@ -1,18 +1,19 @@
 """restore: pruned model + the dense one it was + samples → the pruned model with what its heads lost, in biases."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from austeer.compiler.certificate import Certificate
+from austeer.compiler.certificate import Certificate, stored_dtype
 from austeer.compiler.checkpoint import Checkpoint
 from austeer.compiler.edits import Shift
 from austeer.compiler.errors import CheckFailed, Refused
 from austeer.compiler.facts import facts_of
-from austeer.compiler.layout import Layout
+from austeer.compiler.layout import Layout, OutputLayout
 from austeer.compiler.manifest import sha256_of
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.program import Program
@@ -20,7 +21,7 @@ from austeer.compiler.pruning import Pruning, examine
 from austeer.compiler.responses import read_samples
 from austeer.compiler.sparsity import TensorSparsity, kept_zeros
 from austeer.compiler.staging import require_place
-from austeer.compiler.team import Team, gather_team
+from austeer.compiler.team import gather_team
 from austeer.compiler.tokens import take_tokens
 from austeer.compiler.verbs.bases import Base, open_base
 from austeer.compiler.verbs.common import FORM, Compiled, Measured, Settings, write_compiled
@@ -58,6 +59,12 @@ class Restoration:
         """[layer, head] of every head that is compensated."""
         return self.restored.trained.shifts.heads.tolist()
 
+    @property
+    def sparsity(self) -> list[tuple[TensorSparsity, float | None]]:
+        """Each matrix of the pruned model, and the zeros' share of it in the output."""
+        then = {tensor.name: tensor.share for tensor in self.after or ()}
+        return [(tensor, then.get(tensor.name)) for tensor in self.pruning.pruned]
+
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         program = self.restored.program
@@ -67,7 +74,7 @@ class Restoration:
             "edits": len(program.edits),
             **_record(self.restored, self.pruning),
             "sparsity": _sparsity(self.pruning, self.after),
-            "parameters": {"trained": self.restored.trained.shifts.parameters, "added": self.added},
+            "parameters": {"trained": self.restored.trained.best.numel(), "added": self.added},
             "certificate": self.certificate.plain() if self.certificate else None,
             "notes": list(self.notes),
         }
@@ -150,7 +157,7 @@ def _write(
     def measure(folder: Path) -> Measured:
         after = _zeros_after(compiled, models, folder)
         zeros.extend([after] if after is not None else [])
-        return Measured({"sparsity": _sparsity(models.pruning, after)}, recovery=_table(found))
+        return Measured({"sparsity": _sparsity(models.pruning, after)}, recovery=recovery_table(found))
 
     def certify(folder: Path) -> Certificate:
         return compiled.certify(folder, texts, dtype, settings.device)
@@ -160,3 +167,119 @@ def _write(
     after = zeros[0] if zeros else None
     notes = (*found.notes, *note, *compiled.plan.notes)
     return Restoration(str(out), found, models.pruning, after, _added(out, models), certificate, notes)
+
+
+def _require_foldable(base: Base, target: str | None, form: str) -> None:
+    """Refused, before any model is run, where what will be found could not be written."""
+    if form == "gguf":
+        find_converter()
+    geometry = base.facts.geometry
+    anything = [Shift(layer, "heads", np.ones(geometry.heads)) for layer in range(geometry.layers)]
+    try:
+        Compiled.of(Program.of(anything, model=geometry), base, target, form)
+    except Refused as error:
+        raise Refused(f"{error}; or write the program alone with --program-only") from None
+
+
+def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:
+    """What draws the heads, if they are to be drawn; refused now if they cannot be."""
+    if picture is None:
+        return lambda _: None
+    file = Path(picture)
+    require_picture(file)
+
+    def draw(found: Restored) -> None:
+        heads = found.trained.shifts.heads
+        if found.importance is None:  # a note says why
+            return
+        chosen = np.zeros(found.importance.shape, bool)
+        chosen[heads[:, 0], heads[:, 1]] = True
+        draw_heads(found.importance, chosen, file)
+
+    return draw
+
+
+def _certificate_dtype(base: Base, settings: Settings) -> tuple[str, tuple[str, ...]]:
+    """As stored, or what the user names: in float32 a model of 16 bits would take twice its size."""
+    stored = stored_dtype(base.path)
+    if settings.dtype != "auto" or stored == "float32":
+        return settings.dtype, ()
+    return "auto", (f"the certificate is measured in {stored}, as stored; --dtype float32 measures it more finely",)
+
+
+def _zeros_after(compiled: Compiled, models: Models, folder: Path) -> tuple[TensorSparsity, ...] | None:
+    """The zeros of what was written, once it is sure that none of the pruned model's is missing.
+
+    None for the forms gguf and model-code, which copy the matrices, and which `verify` compares with the base.
+    """
+    if not isinstance(compiled.plan, Plan):
+        return None
+    checkpoint = Checkpoint.open(folder)
+    written = Layout.of(checkpoint, facts_of(folder.name, checkpoint.config))
+    moved = OutputLayout(models.pruned.layout, compiled.plan.form).moved
+    kept = kept_zeros(models.pruned.checkpoint, written, moved)
+    if kept.filled:
+        name, count = kept.filled[0]
+        raise CheckFailed(f"{name}: {count} values that pruning made zero would not be zero any more; report this")
+    return kept.after
+
+
+def _added(out: Path, models: Models) -> int:
+    before, after = (
+        sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        for checkpoint in (models.pruned.checkpoint, Checkpoint.open(out))
+    )
+    return after - before
+
+
+def _record(found: Restored, pruning: Pruning) -> dict[str, Any]:
+    """How the program was found and what it brings, for report and manifest."""
+    trained, (fit, stop, test) = found.trained, found.samples
+    return {
+        "loss": found.loss.plain(),
+        "accuracy": found.accuracy.plain() if found.accuracy else None,
+        "heads": trained.shifts.heads.tolist(),
+        "importance": found.importance.tolist() if found.importance is not None else None,
+        "components": trained.shifts.directions.shape[2],
+        "steps": trained.step,
+        "best_step": trained.best_step,
+        "held_out_losses": [[step, loss] for step, loss in trained.losses.items()],
+        "samples": {"fitted": fit, "stopped_by": stop, "reported_on": test},
+        "pruning": pruning.kind,
+    }
+
+
+def _origin(models: Models, data: Path, task: Task) -> dict[str, Any]:
+    """For the manifest alone: what it was made with."""
+    schedule = task.schedule
+    return {
+        "dense": models.dense.describe(),
+        "data": sha256_of(data),
+        "top_heads": task.top_heads,
+        "lr": schedule.lr,
+        "epochs": schedule.epochs,
+        "batch_size": schedule.batch_size,
+        "seed": schedule.seed,
+    }
+
+
+def _sparsity(pruning: Pruning, after: Sequence[TensorSparsity] | None) -> list[dict[str, Any]]:
+    """Of each matrix of the pruned model: its zeros before, and after if it was written."""
+    then = {tensor.name: tensor for tensor in after or ()}
+    rows: list[dict[str, Any]] = []
+    for tensor in pruning.pruned:
+        same = then.get(tensor.name)
+        now = {"zeros_after": same.zeros, "pattern_after": same.pattern} if same else {}
+        rows.append({**tensor.plain(), **now})
+    return rows
+
+
+def recovery_table(found: Restored) -> list[tuple[str, str, str, str, str]]:
+    """What is back, for people."""
+    figures = {"loss, nats per token": found.loss, "accuracy on contrasts": found.accuracy}
+    rows: list[tuple[str, str, str, str, str]] = []
+    for name, figure in figures.items():
+        if figure is not None:
+            share = "-" if figure.share is None else f"{figure.share:.1%}"
+            rows.append((name, f"{figure.dense:.4f}", f"{figure.pruned:.4f}", f"{figure.restored:.4f}", share))
+    return rows

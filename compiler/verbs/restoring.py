@@ -126,16 +126,17 @@ def _material(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], settings: Settings
 ) -> _Material:
     length = min(settings.length_for(model.config.to_dict()), longest_text(model))
+    encoded, notes = encode_responses(tokenizer, samples, length, settings.chat)
+    found = {response.where: response for response in encoded}
     raw = split_samples(samples, settings.seed)
-    encoded = [encode_responses(tokenizer, part, length, settings.chat) for part in raw]
-    for (responses, _), purpose in zip(encoded, ("fit to", "stop by", "report on"), strict=True):
+    parts = tuple(tuple(found[one.where] for one in part if one.where in found) for part in raw)
+    for responses, purpose in zip(parts, ("fit to", "stop by", "report on"), strict=True):
         if not responses:
             raise PairsError(
                 f"no sample is left to {purpose}: of their responses nothing lies within {length} tokens; give more "
                 "samples, or a larger --max-length"
             )
-    notes = (note for _, found in encoded for note in found)
-    return _Material(raw, tuple(responses for responses, _ in encoded), length, tuple(dict.fromkeys(notes)))
+    return _Material(raw, parts, length, notes)
 
 
 def _identity(models: Models, material: _Material, task: Task) -> dict[str, str]:

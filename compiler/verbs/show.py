@@ -25,6 +25,7 @@ from austeer.compiler.verbs.importing import Imported
 from austeer.compiler.verbs.inspect import Inspection
 from austeer.compiler.verbs.methods import method_named
 from austeer.compiler.verbs.push import PushReport
+from austeer.compiler.verbs.restore import Restoration, recovery_table
 from austeer.compiler.verbs.steer import Steering
 from austeer.compiler.verbs.targets import Support
 from austeer.compiler.verbs.verify import Verification
@@ -73,6 +74,28 @@ def _(report: Steering) -> None:
     _approximations(report.approximations)
     _gates(report)
     _sides(report.sides)
+    _end(report.out, report.certificate, report.notes)
+
+
+@show.register
+def _(report: Restoration) -> None:
+    found, console = report.restored, _console()
+    rows = [
+        (tensor.name, f"{tensor.share:.1%}", f"{now:.1%}" if now is not None else "-", tensor.pattern)
+        for tensor, now in report.sparsity
+    ]
+    _table("Zeros of each matrix", ("tensor", "before", "after", "pattern"), rows)
+    if found.importance is not None:
+        heads = [(layer, head, float(found.importance[layer, head])) for layer, head in report.chosen]
+        rows = [(layer, head, f"{value:.3f}") for layer, head, value in sorted(heads, key=lambda head: -head[2])]
+        _table("Heads by importance (held-out accuracy of a probe)", ("layer", "head", "importance"), rows)
+    columns = ("on held-out samples", "dense", "pruned", "restored", "back")
+    _table("What is back", columns, recovery_table(found), all_rows=True)
+    added = f", {report.added:,} parameters added" if report.added is not None else ""
+    console.print(
+        f"{len(report.chosen)} heads, {found.trained.best.numel():,} numbers trained in {found.trained.step} steps, "
+        f"the best after {found.trained.best_step}{added}"
+    )
     _end(report.out, report.certificate, report.notes)
 
 

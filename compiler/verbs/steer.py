@@ -21,7 +21,15 @@ from austeer.compiler.staging import require_place
 from austeer.compiler.verbs.adaptive import NEURONS, Adaptive, Gating
 from austeer.compiler.verbs.approximate import Approximations, are_inexact, choose_approximation, compile_for
 from austeer.compiler.verbs.bases import Base, open_base
-from austeer.compiler.verbs.common import FORM, Compiled, Measured, Settings, certificate_dtype, target_for, write_compiled
+from austeer.compiler.verbs.common import (
+    FORM,
+    Compiled,
+    Measured,
+    Settings,
+    certificate_dtype,
+    target_for,
+    write_compiled,
+)
 from austeer.compiler.verbs.finding import Choice, Finding, find
 from austeer.compiler.verbs.goal import Goal
 from austeer.compiler.verbs.methods import Method, method_named

@@ -15,7 +15,7 @@ from austeer.compiler.measure import Effect, effects
 from austeer.compiler.openness import Openness
 from austeer.compiler.tokens import PairTokens
 from austeer.compiler.verbs.bases import open_base
-from austeer.compiler.verbs.common import Compiled, write_compiled
+from austeer.compiler.verbs.common import Compiled, Measured, write_compiled
 from tests.tiny import VARIANTS, load, on_disk, program
 
 TINY = VARIANTS["llama"]
@@ -36,7 +36,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, S
     base, out = on_disk(TINY), tmp_path_factory.mktemp("gates") / "out"
     found: dict[str, SideCheck] = {}
 
-    def check(folder: Path) -> dict[str, SideCheck]:
+    def check(folder: Path) -> Measured:
         sides = {"when": Side(TEXTS, PAIRS), "unless": Side(TEXTS[:1])}
         found.update(
             check_gates(
@@ -44,7 +44,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, S
                 dtype="float32", device="cpu", batch_tokens=64,
             )
         )  # fmt: skip
-        return found
+        return Measured({"sides": {name: side.plain() for name, side in found.items()}}, found)
 
     write_compiled(Compiled.of(gated(), open_base(str(base))), out, measure=check)
     return out, found
