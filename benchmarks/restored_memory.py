@@ -16,7 +16,7 @@ from benchmarks.samples import estimate
 
 MODELS: Mapping[str, tuple[Shape, int]] = {"float32": (ONE_B, 9), "bfloat16": (ONE_B, 22)}  # 1.6 and 1.9 GB
 TIMES_MODEL, PLUS_BYTES = 1.3, GB
-ROWS = 8
+ROWS = 12
 OPTIONS = ("--epochs", "1", "--batch-tokens", "64")
 METHOD = (
     "One process for each model, a random llama with the tokenizer of the demo, and its twin without half of each "
@@ -55,7 +55,7 @@ def write_models(folder: Path, dtype: str, shape: Shape, layers: int) -> None:
         for path in MODEL.glob("tokenizer*"):
             shutil.copy(path, folder / name)
         prune_half(model)
-    rows = ({"prompt": f"Once upon a time {number} birds", "response": " met and played."} for number in range(ROWS))
+    rows = ({"prompt": f"Once upon a time {n} birds", "response": f" met {n} dogs and played."} for n in range(ROWS))
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
