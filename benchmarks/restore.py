@@ -34,7 +34,7 @@ DATA = {
     "imdb-gpt2-2.6m": "imdb_text.jsonl",
 }
 FIT, HELD_OUT, TOKENS = slice(100), slice(100, 200), 256
-RATES = (1e-2, 3e-2, 1e-1, 3e-1)  # LoRA's
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # LoRA's
 CURVE = (5, 10, 20)
 HALF, ALL = "restored, half of the heads", "restored, all heads"  # half is the default
 LEAST = {("stories260K", "magnitude 50 %", HALF): 25.0, ("stories260K", "magnitude 50 %", ALL): 32.0}
