@@ -2,9 +2,10 @@
 ## make test          run the tests, on real engines where they install
 ## make test-engines  of these, only the tests on engines
 ## make test-vllm     the tests on vLLM, which gets an environment of its own (3.4 GB)
+## make test-pruners  the tests with llmcompressor and torch-pruning, likewise (1.5 GB)
 ## make lint          ruff, ruff format, pyright
 ## make bench         run the benchmarks
-## make clean         remove all that make made: .venv, .venv-vllm, build, .engines, caches
+## make clean         remove all that make made: .venv, .venv-vllm, .venv-pruners, build, .engines, caches
 ##
 ## Needs Python 3.10 or newer with pip and venv, and make (GNU make 3.81, as on macOS, will do).
 ## Another Python: make clean test PYTHON=python3.12
@@ -34,8 +35,9 @@ LINT      := $(VENV)/.lint
 ENGINES   := $(VENV)/.engines
 CONVERTER := .engines/.$(SDIST)
 VLLM_VENV := .venv-vllm
+PRUNERS   := .venv-pruners
 
-.PHONY: help demo test test-engines test-vllm lint bench clean
+.PHONY: help demo test test-engines test-vllm test-pruners lint bench clean
 .NOTPARALLEL: # one pip at a time in one environment
 
 help:
@@ -54,6 +56,9 @@ test-engines: $(TEST) $(ENGINES) $(CONVERTER)
 test-vllm: $(TEST) $(VLLM_VENV)/.made
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/engines
 
+test-pruners: $(TEST) $(PRUNERS)/.made
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pruners tests
+
 lint: $(LINT)
 	@mkdir -p build/typed/austeer
 	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/typed/austeer/$$package"; done
@@ -65,7 +70,7 @@ bench: $(RUNTIME)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .engines *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(PRUNERS) build dist .engines *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find $(PACKAGES) tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -111,3 +116,11 @@ $(VLLM_VENV)/.made:
 	$(VLLM_VENV)/bin/python -c '$(REQUIRED)' > $(VLLM_VENV)/requirements.txt && \
 	$$pip install -r $(VLLM_VENV)/requirements.txt && touch $@ || { rm -rf $(VLLM_VENV); \
 	echo "NOTICE: vLLM could not be installed: the tests that run it will skip"; }
+
+# llmcompressor pins another transformers, too. torch first, by our version: else a CUDA build comes.
+$(PRUNERS)/.made:
+	@echo "installing llmcompressor and torch-pruning in $(PRUNERS)"
+	@$(PYTHON) -m venv $(PRUNERS) && pip="$(PRUNERS)/bin/python -m pip --disable-pip-version-check -q" && \
+	$$pip install "$$(grep ^torch== constraints.txt)" && \
+	$$pip install llmcompressor==0.14.0.1 torch-pruning==1.6.1 && touch $@ || { rm -rf $(PRUNERS); \
+	echo "NOTICE: the pruners could not be installed: the tests that run them will skip"; }

@@ -4,13 +4,32 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import compile as compiling
-from benchmarks import gates, localize, restore, serving
+from benchmarks import gates, localize, restore, restored_memory, restored_speed, serving
 from benchmarks.checkpoints import EIGHT_B, Shape
 from benchmarks.report import Report
+
+
+def _restore(given: argparse.Namespace) -> Iterable[Report]:
+    options = {"only": given.only, "epochs": given.epochs, "curve": given.curve}
+    return restore.run(given.models, given.data, given.pruner_python, **options)
+
+
+# Those of processes first: they measure them from a small one, and the others load torch.
+BENCHMARKS: Mapping[str, Callable[[argparse.Namespace], Iterable[Report]]] = {
+    "compile": lambda given: [compiling.run(given.sizes, given.rounds or 3)],
+    "restored-memory": lambda _: [restored_memory.run()],
+    "localize": lambda given: [localize.run(given.rounds or 9, device=given.device)],
+    "serving": lambda given: [serving.run(given.device, given.rounds or 15)],
+    "gates": lambda given: [gates.TRIAL.run(given.shape, given.layers, given.rounds or 15)],
+    "restore": _restore,
+    "restored-speed": lambda given: [restored_speed.TRIAL.run(given.shape, given.layers, given.rounds or 15)],
+}
+
+SPEEDS = "gates and restored-speed"
 
 
 def main() -> int:
@@ -20,17 +39,9 @@ def main() -> int:
     # One thread a process: threads that wait for each other on a shared machine measure the scheduler.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given = _parser().parse_args()
-    # Compiling first: it measures small processes from a small one, and the others load torch.
-    runs: dict[str, Callable[[], Iterable[Report]]] = {
-        "compile": lambda: [compiling.run(given.sizes, given.rounds or 3)],
-        "localize": lambda: [localize.run(given.rounds or 9, device=given.device)],
-        "serving": lambda: [serving.run(given.device, given.rounds or 15)],
-        "gates": lambda: [gates.run(given.shape, given.layers, given.rounds or 15)],
-        "restore": lambda: _restore(given),
-    }
     broken = False
-    for name in runs if given.benchmark == "all" else [given.benchmark]:
-        for report in runs[name]():
+    for name in BENCHMARKS if given.benchmark == "all" else [given.benchmark]:
+        for report in BENCHMARKS[name](given):
             report.publish()
             if given.json:
                 print(report.json())
@@ -38,23 +49,12 @@ def main() -> int:
     return int(broken)
 
 
-def _restore(given: argparse.Namespace) -> Iterable[Report]:
-    pythons = {"torch-pruning": given.torch_pruning, "llmcompressor": given.llmcompressor}
-    chosen = {name: python for name, python in pythons.items() if python}
-    return restore.run(given.models, given.data, chosen, only=given.only, epochs=given.epochs, curve=given.curve)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "benchmark",
-        nargs="?",
-        default="all",
-        choices=["compile", "localize", "serving", "gates", "restore", "all"],
-    )
+    parser.add_argument("benchmark", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--sizes", type=_sizes, default=tuple(compiling.SHAPES), help="compile: GB, such as 1,4")
-    parser.add_argument("--shape", type=_shape, default=EIGHT_B, help="gates: hidden,neurons,heads,kv heads")
-    parser.add_argument("--layers", type=int, default=2, help="gates: of that shape (default: 2)")
+    parser.add_argument("--shape", type=_shape, default=EIGHT_B, help=f"{SPEEDS}: hidden,neurons,heads,kv heads")
+    parser.add_argument("--layers", type=int, default=2, help=f"{SPEEDS}: of that shape (default: 2)")
     parser.add_argument("--rounds", type=int, help="measurements of each thing")
     parser.add_argument("--device", default="cpu", help="localize and serving: a torch device (default: cpu)")
     parser.add_argument("--models", type=Path, help=f"restore: a folder with any of {', '.join(restore.DATA)}")
@@ -62,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=(), choices=restore.DATA, help="restore: of these models")
     parser.add_argument("--epochs", type=int, help="restore: of all training (default: that of restore)")
     parser.add_argument("--curve", action="store_true", help="restore: with 5, 10 and 20 heads too")
-    python = "restore: the Python of an environment with it, to prune with"
-    parser.add_argument("--torch-pruning", type=Path, metavar="PYTHON", help=python)
-    parser.add_argument("--llmcompressor", type=Path, metavar="PYTHON", help=python)
+    parser.add_argument("--pruner-python", type=Path, help="restore: of an environment with pruners (.venv-pruners)")
     parser.add_argument("--json", action="store_true", help="print the JSON too")
     return parser
 

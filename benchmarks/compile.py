@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from austeer.compiler.facts import read_facts
 from benchmarks.checkpoints import EIGHT_B, GB, ONE_B, THREE_B, write_checkpoint
-from benchmarks.process import Usage, measured
+from benchmarks.process import AUSTEER, Usage, measured
 from benchmarks.programs import mixed
 from benchmarks.report import FOLDER, Report, Row
 from benchmarks.samples import Estimate, estimate, interleaved, ratio, seconds
@@ -76,7 +75,7 @@ def _measure(scratch: Path, size: int, rounds: int, report: Report) -> None:
     for name, every in (("scales", 0), ("rank1", 5)):
         program = scratch / f"{name}.safetensors"
         mixed(geometry, EDITS, every_rank1=every).save(program)
-        works[name] = Work(base, out, [str(_script()), "build", str(base), str(program), "-o", str(out)])
+        works[name] = Work(base, out, [AUSTEER, "build", str(base), str(program), "-o", str(out)])
     taken = interleaved({name: work.seconds for name, work in works.items()}, rounds)
     report.details["measured"][size] = {name: [asdict(usage) for usage in work.usages] for name, work in works.items()}
     report.rows += _rows(f"{size} GB, {geometry.layers} layers", taken, works)
@@ -94,10 +93,6 @@ def _rows(what: str, taken: dict[str, list[float]], works: dict[str, Work]) -> l
         Row(f"{what}: with Rank1", estimate(taken["rank1"]), "s", at_most=allowed, note=kind),
         Row(f"{what}: with Rank1, peak memory", works["rank1"].peak, "MB", at_most=MEGABYTES),
     ]
-
-
-def _script() -> Path:
-    return Path(sys.executable).with_name("austeer-compile")
 
 
 def _read(folder: Path) -> None:

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
+
+AUSTEER = str(Path(sys.executable).with_name("austeer-compile"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Programs to compile: seeded edits spread over all layers, without gates at several sites, or with gates."""
+"""Programs to compile: seeded edits spread over all layers, at several sites, behind gates, or shifts of all heads."""
 
 from collections.abc import Iterator
 
@@ -33,6 +33,13 @@ def gated(model: Geometry, neurons: int, *, units: int = 10, delta: float = 8.0)
         edits.append(Gated(scale, gate, _fitted(generator, neurons - 2, model.residual)))
         edits.append(Gated(Shift(layer, "ffn", _direction(generator, model.residual)), gate))
     return Program(model, tuple(edits))
+
+
+def head_shifts(model: Geometry) -> Program:
+    """What `restore` makes: in every layer one Shift of all heads."""
+    generator = np.random.default_rng(0)
+    shifts = (Shift(layer, "heads", _direction(generator, model.heads)) for layer in range(model.layers))
+    return Program(model, tuple(shifts))
 
 
 def _direction(generator: np.random.Generator, width: int) -> Floats:

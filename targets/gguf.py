@@ -185,10 +185,9 @@ def _complete_config(path: Path) -> None:
 
 
 def _differences(plan: GgufPlan, path: Path, compiled: Checkpoint) -> Iterator[str]:
-    layout = Layout.of(compiled, facts_of(plan.title, compiled.config))
-    yield from differences(
-        read_gguf(path), layout, dict.fromkeys(entry["tensor"] for entry in plan.checkpoint.lowering)
-    )
+    # Not as a Layout: that asks for every tensor config.json promises, and a form may leave out what llama.cpp refuses.
+    changed = dict.fromkeys(entry["tensor"] for entry in plan.checkpoint.lowering)
+    yield from differences(read_gguf(path), compiled, facts_of(plan.title, compiled.config), changed)
 
 
 def _renamed(entry: dict[str, Any], place: Place) -> dict[str, Any]:

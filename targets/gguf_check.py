@@ -6,30 +6,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from austeer.compiler.checkpoint import Checkpoint
+from austeer.compiler.facts import ModelFacts
 from austeer.compiler.gguf import KINDS, Gguf
-from austeer.compiler.layout import Layout
 from austeer.compiler.tensors import TensorInfo, from_float32, storage_dtype, to_float32
 from austeer.targets.gguf_names import Place, dialect_of, place_of
 
 _BLOCK = 2**22  # values compared at once
 
 
-def differences(gguf: Gguf, layout: Layout, changed: Iterable[str]) -> Iterator[str]:
-    """What is wrong in a GGUF made of the checkpoint of `layout`: its architecture, block count, and changed tensors.
+def differences(gguf: Gguf, checkpoint: Checkpoint, facts: ModelFacts, changed: Iterable[str]) -> Iterator[str]:
+    """What is wrong in a GGUF made of a checkpoint with these facts: its architecture, block count, changed tensors.
 
     A value is right if it is that of the checkpoint, cast once to the type that the GGUF has for the tensor.
     """
-    dialect = dialect_of(layout.facts.geometry.architecture)
+    dialect = dialect_of(facts.geometry.architecture)
     found = gguf.metadata.get("general.architecture")
     if dialect is None or found != dialect.name:
         yield f"the architecture is {found!r}, not {dialect.name if dialect else None!r}"
         return
     blocks = gguf.metadata.get(f"{dialect.name}.block_count")
-    if blocks != layout.facts.geometry.layers:
-        yield f"there are {blocks} blocks, not {layout.facts.geometry.layers}"
+    if blocks != facts.geometry.layers:
+        yield f"there are {blocks} blocks, not {facts.geometry.layers}"
     for name in changed:
-        place = place_of(name, transposed=layout.facts.architecture.transposed)
-        problem = _difference(gguf, layout.checkpoint.tensors[name], place) if place.same else None
+        place = place_of(name, transposed=facts.architecture.transposed)
+        problem = _difference(gguf, checkpoint.tensors[name], place) if place.same else None
         if problem:
             yield f"{place.name} {problem}"
 
