@@ -107,21 +107,28 @@ def train_shifts(
     every = max(1, math.ceil(steps / EVALUATIONS))
     runner = _Runner(model, training.shifts, batch_tokens, team)
     watched = _first_tokens(stop, STOP_TOKENS)
+
+    def judge() -> None:
+        loss = runner.loss(watched, training.trained)
+        if not math.isfinite(loss):
+            raise CheckFailed(_no_number(loss, training.step, steps, watched, training, file))
+        training.judge(loss)
+
     with runner.shifting():
         if not training.losses:
-            training.judge(runner.loss(watched, training.trained))
+            judge()
         for step in track(range(training.step, steps), "Training", steps - training.step):
+            if training.stale:
+                break
             batch = [fit[index] for index in schedule.batch(step, len(fit))]
             loss = runner.backward(batch, training.trained)
             if not (math.isfinite(loss) and bool(training.gradient.isfinite().all())):
-                raise CheckFailed(_no_number(loss, step, steps, batch, training, file))
+                raise CheckFailed(_no_number(loss, step + 1, steps, batch, training, file))
             training.move(schedule.rate(step, steps))
             if training.step % every == 0 or training.step == steps:
-                training.judge(runner.loss(watched, training.trained))
+                judge()
                 if team.leads:
                     file.save(training.state())
-                if training.stale:
-                    break
     return training.result()
 
 
@@ -274,9 +281,11 @@ def _no_number(
 ) -> str:
     what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
     kept = [at for at in training.losses if at]
-    state = f"The state after step {kept[-1]} is kept in {file.path}, and the same command goes on from it"
+    state = "Nothing was trained yet"
+    if kept:
+        state = f"The state after step {kept[-1]} is kept in {file.path}, and the same command goes on from it"
     return (
-        f"training stopped in step {step + 1} of {steps}, on the samples at {places(batch)}: the {what}"
+        f"training stopped in step {step} of {steps}, on the samples at {places(batch)}: the {what}"
         f"{' holds values that are no numbers' if math.isfinite(loss) else ''}. "
-        f"{state if kept else 'Nothing was trained yet'}; use a smaller --lr, or look at these samples"
+        f"{state}; use a smaller --lr, or look at these samples"
     )

@@ -1,6 +1,5 @@
 """What a user asks of restoring, checked before any model is loaded."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -8,6 +7,8 @@ from austeer.compiler.errors import UsageError
 from austeer.passes.train_shifts import Schedule
 
 TopHeads: TypeAlias = int | Literal["all"] | None
+
+MOST_LR = 1000  # times what a head puts out, in one step: far beyond what can be meant
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,5 @@ class Task:
                 raise UsageError(f"{option} must be at least 1, got {count}")
         if schedule.epochs is not None and schedule.epochs < 0:
             raise UsageError(f"--epochs must be 0, for lost components alone, or more, got {schedule.epochs}")
-        if not (math.isfinite(schedule.lr) and schedule.lr > 0):
-            raise UsageError(f"--lr must be a finite number above 0, got {schedule.lr}")
+        if not 0 < schedule.lr <= MOST_LR:
+            raise UsageError(f"--lr must be above 0 and at most {MOST_LR}, got {schedule.lr}")
