@@ -101,27 +101,34 @@ def train_shifts(
     with the same result up to the order of sums. The state is kept at each evaluation of `stop`, and training goes on
     from it. Raises CheckFailed where the loss is no number; the last state that was kept stays.
     """
-    state = team.share((file.load() if team.leads else None,))[0]
-    training = _Training.of(model, shifts, state)
+    training = _Training.of(model, shifts, team.share(file.load))
     steps = schedule.steps(len(fit))
     every = max(1, math.ceil(steps / EVALUATIONS))
     runner = _Runner(model, training.shifts, batch_tokens, team)
     watched = _first_tokens(stop, STOP_TOKENS)
+
+    def judge() -> None:
+        loss = runner.loss(watched, training.trained)
+        if not math.isfinite(loss):
+            team.stop(CheckFailed(training.no_number(f"the held-out loss is {loss}", runner.suspects or watched, file)))
+        training.judge(loss)
+
     with runner.shifting():
         if not training.losses:
-            training.judge(runner.loss(watched, training.trained))
+            judge()
         for step in track(range(training.step, steps), "Training", steps - training.step):
+            if training.stale:
+                break
             batch = [fit[index] for index in schedule.batch(step, len(fit))]
             loss = runner.backward(batch, training.trained)
             if not (math.isfinite(loss) and bool(training.gradient.isfinite().all())):
-                raise CheckFailed(_no_number(loss, step, steps, batch, training, file))
+                what = "the gradient holds no numbers" if math.isfinite(loss) else f"the loss is {loss}"
+                team.stop(CheckFailed(training.no_number(what, runner.suspects or batch, file)))
             training.move(schedule.rate(step, steps))
             if training.step % every == 0 or training.step == steps:
-                training.judge(runner.loss(watched, training.trained))
+                judge()
                 if team.leads:
                     file.save(training.state())
-                if training.stale:
-                    break
     return training.result()
 
 
@@ -184,6 +191,15 @@ class _Training:
         arrays = {name: value.detach().cpu().numpy() for name, value in held.items()}
         return TrainingState(self.step, {**arrays, **self.shifts.arrays()}, dict(self.losses))
 
+    def no_number(self, what: str, samples: Sequence[Response], file: StateFile) -> str:
+        """Says where the training ended, and from where it can go on."""
+        kept = max(self.losses, default=0)
+        state = f"the state after step {kept} is kept in {file.path}, and the same command goes on from it"
+        return (
+            f"training stopped after step {self.step}: {what} on the samples at {places(samples)}; "
+            f"{state if kept else 'nothing was kept yet'}; use a smaller --lr, or look at these samples"
+        )
+
     def result(self) -> Trained:
         """The best."""
         return Trained(self.shifts, self.best, self.losses, self.step)
@@ -196,6 +212,7 @@ class _Runner:
         self.model, self.shifts, self.batch_tokens, self.team = model, shifts, batch_tokens, team
         self.facts = live_facts(model)
         self.added: Mapping[int, Tensor] = {}
+        self.suspects: list[Response] = []  # those of this process's last pass with which the loss became no number
 
     @contextmanager
     def shifting(self) -> Generator[None]:
@@ -212,24 +229,32 @@ class _Runner:
 
         with torch.no_grad():
             self._compensate(trained)
-            total = sum(float(summed_loss(self.model, part)) for part in self._parts(responses))
-        return self._sum(total, trained) / _own(responses)
+            return self._mean(responses, lambda part: summed_loss(self.model, part))
 
     def backward(self, batch: Sequence[Response], trained: "Tensor") -> float:
         """The same, and its gradient added to that of what is trained."""
-        total, tokens = 0.0, _own(batch)
-        for part in self._parts(batch):
+        tokens = _own(batch)
+
+        def learn(part: Sequence[Response]) -> "Tensor":
             with self._sparing(part):
                 self._compensate(trained)
                 loss: Any = summed_loss(self.model, part, learning=True)
                 (loss / tokens).backward()
-            total += float(loss.detach())
+            return loss.detach()
+
+        mean = self._mean(batch, learn)
         assert trained.grad is not None
         self.team.add(trained.grad)
-        return self._sum(total, trained) / tokens
+        return mean
 
-    def _parts(self, responses: Sequence[Response]) -> list[list[Response]]:
-        return packs(responses[self.team.rank :: self.team.size], self.batch_tokens)
+    def _mean(self, responses: Sequence[Response], summed: "Callable[[Sequence[Response]], Tensor]") -> float:
+        """The mean per own token of what every process sums over its share, `batch_tokens` at a time."""
+        total, self.suspects = 0.0, []
+        for part in packs(responses[self.team.rank :: self.team.size], self.batch_tokens):
+            loss = float(summed(part))
+            total += loss
+            self.suspects += [] if math.isfinite(loss) else part
+        return self.team.total(total) / _own(responses)
 
     def _compensate(self, trained: "Tensor") -> None:
         self.added = self.shifts.by_layer(self.shifts.compensation(trained), self.facts.geometry.heads)
@@ -248,11 +273,6 @@ class _Runner:
         values = len(part) * max(len(response.text) for response in part) * a_token
         return recomputing(self.model) if values * self.model.dtype.itemsize > KEPT_BYTES else nullcontext()
 
-    def _sum(self, value: float, like: "Tensor") -> float:
-        total = like.new_tensor(value)
-        self.team.add(total)
-        return float(total) if self.team.size > 1 else value
-
 
 def _own(responses: Sequence[Response]) -> int:
     return sum(response.scored for response in responses)
@@ -267,16 +287,3 @@ def _first_tokens(responses: Sequence[Response], count: int) -> list[Response]:
         taken.append(response)
         count -= len(response.text)
     return taken
-
-
-def _no_number(
-    loss: float, step: int, steps: int, batch: Sequence[Response], training: _Training, file: StateFile
-) -> str:
-    what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
-    kept = [at for at in training.losses if at]
-    state = f"The state after step {kept[-1]} is kept in {file.path}, and the same command goes on from it"
-    return (
-        f"training stopped in step {step + 1} of {steps}, on the samples at {places(batch)}: the {what}"
-        f"{' holds values that are no numbers' if math.isfinite(loss) else ''}. "
-        f"{state if kept else 'Nothing was trained yet'}; use a smaller --lr, or look at these samples"
-    )
