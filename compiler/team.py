@@ -1,4 +1,4 @@
-"""Several processes at one job, as `accelerate launch` starts them; alone, everything here does nothing."""
+"""Several processes at one job, as `accelerate launch` or `torchrun` starts them; alone, all this does nothing."""
 
 import atexit
 import os
@@ -7,10 +7,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from austeer.compiler.errors import AusteerError
+from austeer.compiler.errors import AusteerError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +26,9 @@ class Team:
     rank: int = 0
     size: int = 1
     device: str = ""
+
+    # A process that ends without a word ends well: a launcher stops the others at the first that does not, and the
+    # message of the one that knows would be lost.
 
     @property
     def leads(self) -> bool:
@@ -46,7 +48,7 @@ class Team:
         elif self._broadcast(value=None):
             yield
         else:
-            sys.exit(1)
+            sys.exit()
 
     def share(self, make: Callable[[], Value]) -> Value:
         """What `make` gives in the first process, in every process; where it fails, the others end without a word."""
@@ -69,15 +71,15 @@ class Team:
 
         if self.size == 1:
             return value
-        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+        held = torch.tensor(value, dtype=torch.float64)
         self.add(held)
         return held.item()
 
     def stop(self, error: AusteerError) -> NoReturn:
-        """Ends every process of the team, for all have met the error; the first one raises it."""
+        """For an error that every process has met: the first one raises it, the others end without a word."""
         if self.leads:
             raise error
-        sys.exit(error.exit_code)
+        sys.exit()
 
     def _broadcast(self, value: Any) -> Any:
         held = [value]
@@ -88,10 +90,21 @@ class Team:
         return held[0]
 
 
-def gather_team() -> Team:
-    """The processes that were launched together with this one."""
+def gather_team(device: str = "auto") -> Team:
+    """The processes that were launched together with this one, each on a GPU of its own, or all on the CPU.
+
+    Raises UsageError in the first one for a `device` that they cannot share.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Team()
-    state: Any = import_module("accelerate").PartialState(timeout=PATIENCE)
-    atexit.register(state.destroy_process_group)
-    return Team(state.process_index, state.num_processes, str(state.device))
+    import torch
+
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+        atexit.register(torch.distributed.destroy_process_group)
+    mine = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else "cpu"
+    team = Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), mine)
+    if device not in ("auto", "cpu", "cuda"):
+        team.stop(UsageError(f"{team.size} processes take a device each: leave out --device {device}, or say cpu"))
+    return team

@@ -114,7 +114,7 @@ def restore(
     Raises PairsError, CheckpointError or Refused for what cannot be used, CheckFailed where restoring does not help,
     a loss is no number, or the result would not hold: nothing is written then.
     """
-    out, team = Path(out), gather_team()
+    out, team = Path(out), gather_team(settings.device)
     state = Path(checkpoint) if checkpoint is not None else out.with_name(out.name + STATE)
     with team.first():
         task = Task(top_heads, components, Schedule(lr, epochs, batch_size, settings.seed))
