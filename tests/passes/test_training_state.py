@@ -107,7 +107,7 @@ def test_a_file_that_is_no_state_is_refused(tmp_path: Path, content: Any) -> Non
     else:
         text = content if isinstance(content, str) else json.dumps(content)
         save_file({"a": np.zeros(2)}, path, {METADATA_KEY: text} if content is not None else {"format": "np"})
-    with pytest.raises(CheckpointError, match="state: not the state of a training .* name another file"):
+    with pytest.raises(CheckpointError, match=r"state: not the state of a training .* name another file"):
         StateFile(path, IDENTITY).load()
 
 
