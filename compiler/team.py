@@ -21,14 +21,15 @@ PATIENCE = timedelta(days=7)  # the others wait while the first prepares
 
 @dataclass(frozen=True)
 class Team:
-    """This process, number `rank` of `size`, and its torch device ("" where the user's choice stands)."""
+    """This process, number `rank` of `size`, and its torch device ("" where the user's choice stands).
+
+    Those that end without a word exit with 0: a launcher kills the others once one has failed, and the message of the
+    one that has something to say would be lost.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = ""
-
-    # A process that ends without a word ends well: a launcher stops the others at the first that does not, and the
-    # message of the one that knows would be lost.
 
     @property
     def leads(self) -> bool:
