@@ -83,20 +83,25 @@ def find_restoration(
     The first process of a team prepares and reports; all of them train, and the others return None. Raises PairsError
     for samples that are too few, CheckFailed where restoring does not help or a loss is no number.
     """
-    tokenizer = load_tokenizer(models.pruned.path)
-    require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
-    view, lost = None, None
-    with TemporaryDirectory(prefix="austeer-") as scratch:
-        if team.leads:
-            view = _view_dense(models, tokenizer, samples, pairs, Path(scratch), settings)
-        model = _load(models.pruned, settings, team)
-        material = _material(model, tokenizer, samples, settings)
-        if view is not None:
-            lost = ask_pruned(model, view, task, Path(scratch), settings)
-    shifts = team.share(lost.shifts if lost else None)
+    with team.first():
+        tokenizer = load_tokenizer(models.pruned.path)
+        require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
+    with TemporaryDirectory(prefix="austeer-") as folder:
+        scratch = Path(folder)
+        view = team.share(lambda: _view_dense(models, tokenizer, samples, pairs, scratch, settings, team))
+        with team.first():
+            model = _load(models.pruned, settings, team)
+            material = _material(model, tokenizer, samples, settings)
+        lost = team.share(lambda: ask_pruned(model, view, task, scratch, settings))
     file = StateFile(state, _identity(models, material, task))
-    trained = _train(model, shifts, material, task, file, settings, team)
-    return _judge(model, trained, view, lost, material, task, settings) if view and lost else None
+    trained = _train(model, lost.shifts, material, task, file, settings, team)
+    if not team.leads:
+        return None
+    try:
+        return _judge(model, trained, view, lost, material, task, settings)
+    except CheckFailed:
+        state.unlink(missing_ok=True)  # there is nothing in it to go on from
+        raise
 
 
 def _view_dense(
@@ -106,8 +111,9 @@ def _view_dense(
     pairs: Sequence[Pair] | None,
     scratch: Path,
     settings: Settings,
+    team: Team,
 ) -> DenseView:
-    model = _load(models.dense, settings, Team())
+    model = _load(models.dense, settings, team)
     material = _material(model, tokenizer, samples, settings)
     fit, _, test = material.raw
     contrasts = contrasts_of(model, tokenizer, pairs, fit, test, material.length, settings)

@@ -1,11 +1,12 @@
 """What a user asks of restoring, checked before any model is loaded."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from austeer.compiler.errors import UsageError
 from austeer.passes.train_shifts import Schedule
+
+MOST_LR = 1e37  # beyond it the optimiser's own numbers overflow
 
 TopHeads: TypeAlias = int | Literal["all"] | None
 
@@ -33,5 +34,5 @@ class Task:
                 raise UsageError(f"{option} must be at least 1, got {count}")
         if schedule.epochs is not None and schedule.epochs < 0:
             raise UsageError(f"--epochs must be 0, for lost components alone, or more, got {schedule.epochs}")
-        if not (math.isfinite(schedule.lr) and schedule.lr > 0):
-            raise UsageError(f"--lr must be a finite number above 0, got {schedule.lr}")
+        if not 0 < schedule.lr <= MOST_LR:
+            raise UsageError(f"--lr must be a number above 0, and at most {MOST_LR:g}, got {schedule.lr}")
