@@ -191,8 +191,9 @@ def _recovered(table: RecoveryTable) -> str:
     rows = "\n".join(f"| {' | '.join(row)} |" for row in table)
     return (
         "\n## What was restored\n\n"
-        "Pruning took something from what the attention heads put out. A constant was trained for each of some heads\n"
-        "(RestoreLCC, arXiv 2510.21834) and is now part of a bias. Measured on samples that nothing was fitted to:\n\n"
+        "Pruning took something from what the attention heads put out. Some heads got a constant that brings a part\n"
+        "of it back (RestoreLCC, arXiv 2510.21834). Every weight that pruning made zero still is. Measured on samples\n"
+        "that nothing was fitted to:\n\n"
         f"| | dense | pruned | restored | back |\n|---|---|---|---|---|\n{rows}\n"
     )
 

@@ -76,7 +76,10 @@ class TopHeads(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A whole number, or "all" as it is."""
-        return value if value == "all" else click.INT.convert(value, param, ctx)
+        try:
+            return value if value == "all" else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor all", param, ctx)
 
 
 def settings(arguments: dict[str, Any]) -> "Settings":
@@ -215,7 +218,7 @@ def steer(**arguments: Any) -> Any:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Keep the training in this file, and go on with it; default: beside OUT until that is written.",
+    help="Keep the training in this file, and go on with it; default: beside OUT, until that is written.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw heads and layers: a .png or .svg file.")
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")

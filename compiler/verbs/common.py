@@ -27,7 +27,7 @@ from austeer.targets.checkpoint import Writing
 from austeer.targets.tables import TARGETS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TARGET, FORM, GGUF_TARGET = "transformers", "checkpoint", "llama.cpp"
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
@@ -131,6 +131,15 @@ def measuring_texts(
 def sample_texts(base: Base, model: "PreTrainedModel", seed: int) -> Sequence[Tokens]:
     """16 texts of at most 64 tokens, sampled from the base."""
     return sample_neutral(model, load_tokenizer(base.path), SAMPLED_TEXTS, SAMPLED_TOKENS, seed)
+
+
+def chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tuple[str, ...]:
+    """Says so where a tokenizer has a chat template that the user neither asks for nor declines."""
+    if tokenizer.chat_template and settings.chat is None and not settings.raw:
+        return (
+            "this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",
+        )
+    return ()
 
 
 def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:

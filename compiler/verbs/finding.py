@@ -18,7 +18,7 @@ from austeer.compiler.program import Program
 from austeer.compiler.tokens import Encoded, PairTokens, Tokens, encode_pairs, encode_texts, take_tokens
 from austeer.compiler.verbs.adaptive import Contexts, Gating, fit_gating, read_sides, sides_of, with_neurons
 from austeer.compiler.verbs.bases import Base
-from austeer.compiler.verbs.common import Settings, working_dtype
+from austeer.compiler.verbs.common import Settings, chat_notice, working_dtype
 from austeer.compiler.verbs.goal import Goal
 from austeer.passes.components import Components
 from austeer.passes.fusion import fusion
@@ -89,7 +89,7 @@ def find(base: Base, goal: Goal, samples: Sequence[Pair], neutral: Sequence[str]
         program, gating = with_neurons(model, program, gating, goal.adaptive, plain, settings.seed)
     texts = take_tokens(_interleaved(*_unseen(held_out.pairs, gating), plain), CERTIFIED_TOKENS)
     notes = (
-        *_chat_notice(tokenizer, settings),
+        *chat_notice(tokenizer, settings),
         *fitted.notes,
         *held_out.notes,
         *space.notes,
@@ -234,14 +234,6 @@ def _neutral_tokens(
         left = (f"drift is measured on the first {len(taken)} of {len(tokens)} neutral texts ({DRIFT_TOKENS} tokens)",)
         return taken, notes + left * (len(taken) < len(tokens))
     return sample_neutral(model, tokenizer, NEUTRAL_TEXTS, min(NEUTRAL_TOKENS, length), seed), ()
-
-
-def _chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tuple[str, ...]:
-    if tokenizer.chat_template and settings.chat is None and not settings.raw:
-        return (
-            "this looks like an instruct model: --chat puts the prompts into its chat template, --raw silences this",
-        )
-    return ()
 
 
 def _interleaved(*sources: Sequence[Tokens]) -> list[Tokens]:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from austeer.compiler.edits import Floats
-from austeer.compiler.errors import PairsError
+from austeer.compiler.errors import PairsError, Refused
 from austeer.compiler.head_outputs import HeadOutputs, record, record_sides
+from austeer.compiler.live import live_facts, port, weight_of
 from austeer.compiler.measure import effects
 from austeer.compiler.pairs import Pair, split_by_prompt
 from austeer.compiler.program import Program
@@ -60,7 +61,7 @@ class Lost:
 
     shifts: HeadShifts
     importance: Floats | None
-    note: str = ""
+    notes: tuple[str, ...]
 
 
 def ask_dense(
@@ -88,14 +89,17 @@ def ask_dense(
 def ask_pruned(model: "PreTrainedModel", view: DenseView, task: Task, scratch: Path, settings: Settings) -> Lost:
     """Runs the pruned model on the same prompts: what its heads lost, and which of them matter."""
     at_prompts = record(model, view.contrasts.texts, scratch / "pruned.safetensors", batch_tokens=settings.batch_tokens)
-    importance, note = None, ""
+    importance, notes = None, list[str]()
     try:
         importance = importances(at_prompts, *view.at_sides, view.contrasts.prompts, settings.seed)
     except PairsError as error:
         if task.top_heads != "all":
             raise
-        note = f"the importance of heads is unknown, and no picture shows it: {error}"
-    return Lost(_shifts(view.at_prompts, at_prompts, importance, task), importance, note)
+        notes.append(f"the importance of heads is unknown, and no picture shows it: {error}")
+    else:
+        notes.extend(_doubts(importance, len(view.contrasts.probed), task))
+    chosen = _chosen(importance, task, _read_heads(model))
+    return Lost(_shifts(view.at_prompts, at_prompts, chosen, task.components), importance, tuple(notes))
 
 
 def accuracy(
@@ -140,29 +144,49 @@ def contrasts_of(
     return Contrasts(tuple(tokens for _, tokens in kept), prompts, texts, held.pairs, (*notes, *held.notes))
 
 
-def _shifts(dense: HeadOutputs, pruned: HeadOutputs, importance: Floats | None, task: Task) -> HeadShifts:
+def _doubts(importance: Floats, pairs: int, task: Task) -> tuple[str, ...]:
+    """A notice where the best of all heads is within two standard errors of chance."""
+    best = float(importance.max())
+    if task.top_heads == "all" or best > 0.5 + 2 * (0.25 / (2 * pairs)) ** 0.5:
+        return ()
+    found = f"no head tells the contrasts apart better than luck may: the best is right in {best:.1%}"
+    return (f"{found}. Give contrasts of what matters with --pairs, or restore all heads with --top-heads all",)
+
+
+def _read_heads(model: "PreTrainedModel") -> NDArray[np.bool_]:
+    """Whether anything reads what a head puts out, [layers, heads]: not where pruning left its columns of W_o zero."""
+    facts = live_facts(model)
+    layers, dim = range(facts.geometry.layers), facts.head_dim
+    weights = (
+        weight_of(port(model, facts, layer, "heads").module, transposed=facts.architecture.transposed)
+        for layer in layers
+    )
+    return np.stack([weight.any(0).view(-1, dim).any(1).cpu().numpy() for weight in weights])
+
+
+def _chosen(importance: Floats | None, task: Task, read: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The most important heads of all layers that are `read` (ties: lower layer, then lower head)."""
+    ranked = np.arange(read.size) if importance is None else np.argsort(-importance, axis=None, kind="stable")
+    ranked = ranked[read.flat[ranked]]
+    if not len(ranked):
+        raise Refused("all output projections of the pruned model are zero, so nothing that a head adds counts")
+    chosen = np.zeros(read.size, bool)
+    chosen[ranked[: task.count(read.size)]] = True
+    return chosen.reshape(read.shape)
+
+
+def _shifts(dense: HeadOutputs, pruned: HeadOutputs, chosen: NDArray[np.bool_], components: int) -> HeadShifts:
     """The lost components of the chosen heads; one layer's outputs are in memory at a time."""
-    chosen = _chosen(importance, task, pruned.layers, pruned.heads)
     heads, directions, magnitudes, sizes = [], [], [], []
-    for layer in range(pruned.layers):
+    for layer in np.flatnonzero(chosen.any(1)).tolist():
         ours = np.flatnonzero(chosen[layer])
-        if not len(ours):
-            continue
         whole = dense.layer(layer)[:, ours]
         lost = lost_components(whole - pruned.layer(layer)[:, ours])
         heads.append(np.stack([np.full_like(ours, layer), ours], axis=1))
-        directions.append(lost.directions[:, :, : task.components])
-        magnitudes.append(lost.magnitudes[:, : task.components])
+        directions.append(lost.directions[:, :, :components])
+        magnitudes.append(lost.magnitudes[:, :components])
         sizes.append(_sizes(whole))
     return HeadShifts(*(np.ascontiguousarray(np.concatenate(part)) for part in (heads, directions, magnitudes, sizes)))
-
-
-def _chosen(importance: Floats | None, task: Task, layers: int, heads: int) -> NDArray[np.bool_]:
-    """The most important heads of all layers (ties: lower layer, then lower head)."""
-    chosen = np.zeros(layers * heads, bool)
-    ranked = np.arange(len(chosen)) if importance is None else np.argsort(-importance, axis=None, kind="stable")
-    chosen[ranked[: task.count(len(chosen))]] = True
-    return chosen.reshape(layers, heads)
 
 
 def _sizes(outputs: Floats) -> Floats:

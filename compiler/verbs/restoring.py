@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from austeer.compiler.certificate import stored_dtype
 from austeer.compiler.edits import Floats
-from austeer.compiler.errors import CheckFailed, PairsError
+from austeer.compiler.errors import PairsError
 from austeer.compiler.forward import longest_text
 from austeer.compiler.live import live_facts, load_model, load_tokenizer
 from austeer.compiler.measure import applied
@@ -21,7 +21,7 @@ from austeer.compiler.responses import Response, Sample, encode_responses, split
 from austeer.compiler.team import Team
 from austeer.compiler.tokens import Tokens
 from austeer.compiler.verbs.bases import Base
-from austeer.compiler.verbs.common import Settings
+from austeer.compiler.verbs.common import Settings, chat_notice
 from austeer.compiler.verbs.lost import DenseView, Lost, accuracy, ask_dense, ask_pruned, contrasts_of
 from austeer.compiler.verbs.task import Task
 from austeer.passes.head_shifts import HeadShifts
@@ -58,6 +58,16 @@ class Restored:
     texts: list[Tokens]
     notes: tuple[str, ...]
 
+    @property
+    def heads(self) -> list[list[int]]:
+        """[layer, head] of every head that is compensated."""
+        return self.trained.shifts.heads.tolist()
+
+    @property
+    def learned(self) -> int:
+        """How many numbers were trained."""
+        return self.trained.best.numel() if self.trained.step else 0
+
 
 @dataclass(frozen=True)
 class _Material:
@@ -81,7 +91,7 @@ def find_restoration(
     """Runs the dense and then the pruned model, one in memory at a time, and trains what the heads lack.
 
     The first process of a team prepares and reports; all of them train, and the others return None. Raises PairsError
-    for samples that are too few, CheckFailed where restoring does not help or a loss is no number.
+    for samples that are too few, CheckFailed where a loss is no number.
     """
     with team.first():
         tokenizer = load_tokenizer(models.pruned.path)
@@ -95,13 +105,7 @@ def find_restoration(
         lost = team.share(lambda: ask_pruned(model, view, task, scratch, settings))
     file = StateFile(state, _identity(models, material, task))
     trained = _train(model, lost.shifts, material, task, file, settings, team)
-    if not team.leads:
-        return None
-    try:
-        return _judge(model, trained, view, lost, material, task, settings)
-    except CheckFailed:
-        state.unlink(missing_ok=True)  # there is nothing in it to go on from
-        raise
+    return _judge(model, trained, view, lost, material, settings) if team.leads else None
 
 
 def _view_dense(
@@ -142,7 +146,7 @@ def _material(
                 f"no sample is left to {purpose}: of their responses nothing lies within {length} tokens; give more "
                 "samples, or a larger --max-length"
             )
-    return _Material(raw, parts, length, notes)
+    return _Material(raw, parts, length, (*chat_notice(tokenizer, settings), *notes))
 
 
 def _identity(models: Models, material: _Material, task: Task) -> dict[str, str]:
@@ -179,7 +183,6 @@ def _judge(
     view: DenseView,
     lost: Lost,
     material: _Material,
-    task: Task,
     settings: Settings,
 ) -> Restored:
     """What is back, on samples and pairs that nothing was fitted to."""
@@ -191,13 +194,8 @@ def _judge(
     restored = accuracy(model, judged, program, batch_tokens)
     hits = None
     if view.accuracy is not None and right is not None and restored is not None:
-        hits = Recovery(view.accuracy, right, restored)
-    notes = [*material.notes, *view.contrasts.notes, *([lost.note] if lost.note else [])]
-    if loss.restored >= loss.pruned:
-        worse = f"the held-out loss is {loss.pruned:.4f} nats per token without it and {loss.restored:.4f} with it"
-        if task.schedule.epochs != 0:
-            raise CheckFailed(f"restoring does not help: {worse}. Nothing was written. Give more data, or another --lr")
-        notes.append(f"the lost components alone do not help: {worse}; train them (leave out --epochs 0)")
+        hits = Recovery(view.accuracy, right, restored, rising=True)
+    notes = (*material.notes, *view.contrasts.notes, *lost.notes)
     counts = len(material.parts[0]), len(material.parts[1]), len(test)
     texts = [response.text for response in test]
-    return Restored(program, trained, loss, hits, lost.importance, counts, texts, tuple(notes))
+    return Restored(program, trained, loss, hits, lost.importance, counts, texts, notes)

@@ -1,6 +1,8 @@
 """Reports for people: the text and tables that the command line prints on stdout."""
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import singledispatch
@@ -17,15 +19,17 @@ from austeer.compiler.gate_check import SideCheck
 from austeer.compiler.measure import Score
 from austeer.compiler.program import Program
 from austeer.compiler.sites import SITES, SiteName
+from austeer.compiler.sparsity import TensorSparsity
 from austeer.compiler.text import render
 from austeer.compiler.verbs.approximate import Approximations
+from austeer.compiler.verbs.baked import Zeros
 from austeer.compiler.verbs.build import BuildReport
 from austeer.compiler.verbs.demo import Demo
 from austeer.compiler.verbs.importing import Imported
 from austeer.compiler.verbs.inspect import Inspection
 from austeer.compiler.verbs.methods import method_named
 from austeer.compiler.verbs.push import PushReport
-from austeer.compiler.verbs.restore import Restoration, recovery_table
+from austeer.compiler.verbs.restoration import Restoration, recovery_table
 from austeer.compiler.verbs.steer import Steering
 from austeer.compiler.verbs.targets import Support
 from austeer.compiler.verbs.verify import Verification
@@ -80,22 +84,22 @@ def _(report: Steering) -> None:
 @show.register
 def _(report: Restoration) -> None:
     found, console = report.restored, _console()
-    rows = [
-        (tensor.name, f"{tensor.share:.1%}", f"{now:.1%}" if now is not None else "-", tensor.pattern)
-        for tensor, now in report.sparsity
-    ]
-    _table("Zeros of each matrix", ("tensor", "before", "after", "pattern"), rows)
+    _zeros(report.zeros)
     if found.importance is not None:
-        heads = [(layer, head, float(found.importance[layer, head])) for layer, head in report.chosen]
+        heads = [(layer, head, float(found.importance[layer, head])) for layer, head in found.heads]
         rows = [(layer, head, f"{value:.3f}") for layer, head, value in sorted(heads, key=lambda head: -head[2])]
-        _table("Heads by importance (held-out accuracy of a probe)", ("layer", "head", "importance"), rows)
+        title = f"The {len(rows)} heads that got a constant (importance: a probe is so often right; 0.5 is chance)"
+        _table(title, ("layer", "head", "importance"), rows)
     columns = ("on held-out samples", "dense", "pruned", "restored", "back")
     _table("What is back", columns, recovery_table(found), all_rows=True)
-    added = f", {report.added:,} parameters added" if report.added is not None else ""
-    console.print(
-        f"{len(report.chosen)} heads, {found.trained.best.numel():,} numbers trained in {found.trained.step} steps, "
-        f"the best after {found.trained.best_step}{added}"
+    trained = found.trained
+    how = (
+        f"{found.learned:,} numbers trained in {trained.step} steps, best after {trained.best_step}"
+        if trained.step
+        else "lost components alone, nothing trained"
     )
+    added = f"; {report.baked.added:,} parameters added" if report.baked else ""
+    console.print(f"{len(found.heads)} heads: {how}{added}")
     _end(report.out, report.certificate, report.notes)
 
 
@@ -162,6 +166,30 @@ def _(report: PushReport) -> None:
         f"{plan.bytes_to('upload'):,} bytes to upload at most, {plan.bytes_to('copy'):,} copied on the Hub"
     )
     _end(f"{report.url}/commit/{report.commit}" if report.commit else None, None, plan.notes)
+
+
+def _zeros(zeros: Iterable[Zeros]) -> None:
+    """The zeros of all matrices of a kind together, whatever layer or expert they are of."""
+    kinds: dict[str, list[Zeros]] = {}
+    for matrix in zeros:
+        kind = re.sub(r"\.\d+\.", ".*.", matrix.before.name).removesuffix(".weight")
+        kinds.setdefault(kind, []).append(matrix)
+    rows = [
+        (kind, len(found), _share([m.before for m in found]), _share([m.after for m in found]), _patterns(found))
+        for kind, found in kinds.items()
+    ]
+    _table("Zeros by kind of matrix", ("matrix", "how many", "pruned", "restored", "pattern"), rows)
+
+
+def _share(matrices: Sequence[TensorSparsity | None]) -> str:
+    known = [matrix for matrix in matrices if matrix]
+    return f"{sum(m.zeros for m in known) / sum(m.values for m in known):.1%}" if known else "-"
+
+
+def _patterns(zeros: Sequence[Zeros]) -> str:
+    counts = Counter((matrix.after or matrix.before).pattern for matrix in zeros)
+    some = "" if len(counts) == 1 else " in {}"
+    return ", ".join(pattern + some.format(count) for pattern, count in counts.items() if pattern)
 
 
 def _program(program: Program) -> None:

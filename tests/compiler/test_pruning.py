@@ -262,12 +262,14 @@ def test_a_head_that_equals_none_is_refused(part: str, value: float | None) -> N
         examine(layout(on_disk(tiny)), layout(folder))
 
 
-def test_heads_that_are_zero_in_both_models_match_nothing() -> None:
-    tiny = Tiny("llama", kv_heads=4)
-    folder = cut(tiny, [[0, 1], [0, 1]], [[0, 1], [0, 1]])
-    dense = edited(on_disk(tiny), changed("v_proj"))
-    with pytest.raises(Refused, match="head 1 of layer 1 has rows of v_proj that no one head"):
-        examine(layout(dense), layout(edited(folder, changed("v_proj"))))
+@pytest.mark.parametrize(("part", "kv_heads"), [("v_proj", 4), ("q_proj", 2)])
+def test_heads_that_are_zero_in_both_models_match_nothing(part: str, kv_heads: int) -> None:
+    tiny = Tiny("llama", kv_heads=kv_heads)
+    dense = edited(on_disk(tiny), changed(part))
+    few = [[0, 1], [0, 1]] if kv_heads == 4 else [[0], [0]]
+    folder = edited(cut(tiny, few, [[0, 1], [0, 1]]), changed(part))
+    with pytest.raises(Refused, match=r"head 1 of layer 1 has rows of .*v_proj that no one head"):
+        examine(layout(dense), layout(folder))
 
 
 def test_heads_that_two_dense_ones_equal_are_refused() -> None:
