@@ -65,7 +65,7 @@ RUN = options(
     ),
     click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass."),
     click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: the model's, at most 2048."),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
 )  # fmt: skip
 
 

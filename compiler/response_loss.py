@@ -47,12 +47,13 @@ def summed_loss(model: "PreTrainedModel", batch: Sequence[Response], *, learning
     rows, columns = torch.tensor(found, device=states.device).T
     targets = torch.tensor([token for one in batch for token in one.own[-one.scored :]], device=states.device)
     predictors = states[rows, columns - 1]
-    step = max(1, LOGIT_VALUES // model.config.get_text_config().vocab_size)
+    surprise: Any = partial(_surprise, model)
+    if learning:
+        surprise = partial(checkpoint, surprise, use_reentrant=False, preserve_rng_state=False)
+    rows_at_once = max(1, LOGIT_VALUES // model.config.get_text_config().vocab_size)
     total = torch.zeros((), device=states.device)
-    for start in range(0, len(targets), step):
-        block = predictors[start : start + step], targets[start : start + step]
-        part: Any = checkpoint(partial(_surprise, model), *block, use_reentrant=False) if learning else None
-        total = total + (_surprise(model, *block) if part is None else part).to(total.device)
+    for block in zip(predictors.split(rows_at_once), targets.split(rows_at_once), strict=True):
+        total = total + surprise(*block).to(total.device)
     return total
 
 

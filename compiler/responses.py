@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HELD_OUT = 0.1  # of the prompts, to stop by, and as many to report on
+
+
 @dataclass(frozen=True)
 class Sample:
     """A response that is wanted after a prompt; a plain text is a response to nothing. `where` is its file:line."""
@@ -70,8 +73,8 @@ def read_samples(path: str | Path) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def split_samples(samples: Sequence[Sample], seed: int, share: float = 0.1) -> tuple[tuple[Sample, ...], ...]:
-    """(to fit to, to stop by, to report on): a seeded `share` of the prompts, at least one, for each of the last two.
+def split_samples(samples: Sequence[Sample], seed: int) -> tuple[tuple[Sample, ...], ...]:
+    """(to fit to, to stop by, to report on): a seeded tenth of the prompts, at least one, for each of the last two.
 
     Samples with the same prompt stay together, plain texts with their like. The same on every platform, whatever
     the order of the samples. Raises PairsError for fewer than three prompts.
@@ -84,7 +87,7 @@ def split_samples(samples: Sequence[Sample], seed: int, share: float = 0.1) -> t
         )
     generator = random.Random(seed)  # noqa: S311 - a seeded choice, no secret
     drawn = sorted(groups, key=lambda _: generator.random())
-    count = max(1, round(share * len(groups)))
+    count = max(1, round(HELD_OUT * len(groups)))
     part = {group: 2 if place < count else 1 if place < 2 * count else 0 for place, group in enumerate(drawn)}
     return tuple(tuple(sample for sample in samples if part[_group(sample)] == side) for side in range(3))
 
@@ -106,14 +109,10 @@ def encode_responses(
         response = Response(text[:shared][:max_length], text[shared:max_length], sample.where)
         if sample.response and response.scored > 0:
             made.append(response)
-    cut = sum(len(text) > max_length for text in whole)
+    cut, left = sum(len(text) > max_length for text in whole), len(samples) - len(made)
     return tuple(made), (
-        *(f"{cut} samples were cut to their first {max_length} tokens" for _ in range(cut > 0)),
-        *(
-            f"{left} samples were left out: nothing of their response is within the limit"
-            for left in (len(samples) - len(made),)
-            if left
-        ),
+        *(f"{cut} samples were cut to their first {max_length} tokens",) * (cut > 0),
+        *(f"{left} samples were left out: nothing of their response is within the limit",) * (left > 0),
     )
 
 

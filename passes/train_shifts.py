@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -28,6 +28,7 @@ EVALUATIONS = 16  # of the held-out loss, in the whole training
 PATIENCE = 4  # evaluations without a better loss, after which it stops
 STOP_TOKENS = 16_384  # of held-out text, for each evaluation
 LEAST_EPOCHS, LEAST_STEPS = 3, 300  # where the user names no epochs: the paper's, and more where samples are few
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 KEPT_BYTES = 2**28  # of activations kept for gradients; where there would be more, blocks run again instead
 
 
@@ -98,66 +99,75 @@ def train_shifts(
     """Trains the compensation of the chosen heads, everything else frozen, on the loss of the responses' own tokens.
 
     A step's samples pass `batch_tokens` at a time, and their gradients are added. The processes of a team share them,
-    with the same result up to the order of sums. The state is kept at each evaluation of `stop`, and training goes on
-    from it. Raises CheckFailed where the loss is no number; the last state that was kept stays.
+    with the same result up to the order of sums. The state at each evaluation of `stop` is kept, and training goes on
+    from it. Raises CheckFailed where a loss is no number; the last state from which a step could be made stays kept.
     """
-    state = team.share((file.load() if team.leads else None,))[0]
-    training = _Training.of(model, shifts, state)
+    training = _Training.of(model, shifts, file, team)
     steps = schedule.steps(len(fit))
     every = max(1, math.ceil(steps / EVALUATIONS))
     runner = _Runner(model, training.shifts, batch_tokens, team)
     watched = _first_tokens(stop, STOP_TOKENS)
-
-    def judge() -> None:
-        loss = runner.loss(watched, training.trained)
-        if not math.isfinite(loss):
-            raise CheckFailed(_no_number(loss, training.step, steps, watched, training, file))
-        training.judge(loss)
-
     with runner.shifting():
         if not training.losses:
-            judge()
+            _judge(training, runner, watched)
         for step in track(range(training.step, steps), "Training", steps - training.step):
             if training.stale:
                 break
-            batch = [fit[index] for index in schedule.batch(step, len(fit))]
-            loss = runner.backward(batch, training.trained)
-            if not (math.isfinite(loss) and bool(training.gradient.isfinite().all())):
-                raise CheckFailed(_no_number(loss, step + 1, steps, batch, training, file))
+            _learn(training, runner, [fit[index] for index in schedule.batch(step, len(fit))])
+            if training.step and training.step in training.losses:
+                training.keep()  # not before it is known that a step can be made from there
             training.move(schedule.rate(step, steps))
             if training.step % every == 0 or training.step == steps:
-                judge()
-                if team.leads:
-                    file.save(training.state())
+                _judge(training, runner, watched)
+    training.keep()
     return training.result()
+
+
+def _learn(training: "_Training", runner: "_Runner", batch: Sequence[Response]) -> None:
+    """The gradient of a batch."""
+    loss = runner.backward(batch, training.trained)
+    if not math.isfinite(loss):
+        training.stop(f"the loss is {loss}", runner.suspects or batch)
+    if not bool(training.gradient.isfinite().all()):
+        training.stop("the gradient holds no numbers", batch)
+
+
+def _judge(training: "_Training", runner: "_Runner", watched: Sequence[Response]) -> None:
+    """The held-out loss."""
+    loss = runner.loss(watched, training.trained)
+    if not math.isfinite(loss):
+        training.stop(f"the held-out loss is {loss}", runner.suspects or watched)
+    training.judge(loss)
 
 
 class _Training:
     """A training as it goes: what is trained, its optimiser, and the best so far."""
 
-    def __init__(self, shifts: HeadShifts, trained: "Tensor") -> None:
+    def __init__(self, shifts: HeadShifts, trained: "Tensor", file: StateFile, team: Team) -> None:
         import torch
 
-        self.shifts, self.trained = shifts, trained.requires_grad_()
+        self.shifts, self.trained, self.file, self.team = shifts, trained.requires_grad_(), file, team
         self.trained.grad = torch.zeros_like(trained)
         self.best = trained.detach().clone()
         self.optimizer = torch.optim.Adam([self.trained])
-        self.step = 0
+        self.step = self.kept = 0  # done; and how many of them the state on disk has
         self.losses: dict[int, float] = {}
 
     @staticmethod
-    def of(model: "PreTrainedModel", shifts: HeadShifts, state: TrainingState | None) -> "_Training":
+    def of(model: "PreTrainedModel", shifts: HeadShifts, file: StateFile, team: Team) -> "_Training":
         """At its start, or where its state was kept."""
         import torch
 
-        device = input_device(model)
+        device, state = input_device(model), team.share(file.load)
         if state is None:
-            return _Training(shifts, torch.from_numpy(shifts.start).to(device))
+            return _Training(shifts, torch.from_numpy(shifts.start).to(device), file, team)
         array = {name: torch.from_numpy(value).to(device) for name, value in state.arrays.items()}
-        made = _Training(HeadShifts(**{name: state.arrays[name] for name in shifts.arrays()}), array["trained"])
-        moments = {name: array[name] for name in ("exp_avg", "exp_avg_sq")}
+        shifts = HeadShifts(**{name: state.arrays[name] for name in shifts.arrays()})
+        made = _Training(shifts, array["trained"], file, team)
+        moments = {name: array[name] for name in MOMENTS}
         made.optimizer.state[made.trained] = {"step": torch.tensor(float(state.step)), **moments}
-        made.best, made.step, made.losses = array["best"], state.step, dict(state.losses)
+        made.best, made.losses = array["best"], dict(state.losses)
+        made.step = made.kept = state.step
         return made
 
     @property
@@ -184,12 +194,23 @@ class _Training:
             self.best = self.trained.detach().clone()
         self.losses[self.step] = loss
 
-    def state(self) -> TrainingState:
-        """What is to be kept."""
-        moments: Any = self.optimizer.state[self.trained]
-        held = {"trained": self.trained, "best": self.best, **{n: moments[n] for n in ("exp_avg", "exp_avg_sq")}}
+    def keep(self) -> None:
+        """Writes what it needs to go on from here."""
+        held = {"trained": self.trained, "best": self.best}
+        held |= {name: self.optimizer.state[self.trained][name] for name in MOMENTS}
         arrays = {name: value.detach().cpu().numpy() for name, value in held.items()}
-        return TrainingState(self.step, {**arrays, **self.shifts.arrays()}, dict(self.losses))
+        if self.team.leads:
+            self.file.save(TrainingState(self.step, {**arrays, **self.shifts.arrays()}, self.losses))
+        self.kept = self.step
+
+    def stop(self, what: str, samples: Sequence[Response]) -> NoReturn:
+        """Ends the training, and says where that was and from where it can go on."""
+        state = f"the state after step {self.kept} is kept in {self.file.path}, and the same command goes on from it"
+        error = CheckFailed(
+            f"training stopped after step {self.step}: {what} on the samples at {places(samples)}; "
+            f"{state if self.kept else 'nothing was kept yet'}; use a smaller --lr, or look at these samples"
+        )
+        self.team.stop(error)
 
     def result(self) -> Trained:
         """The best."""
@@ -203,6 +224,7 @@ class _Runner:
         self.model, self.shifts, self.batch_tokens, self.team = model, shifts, batch_tokens, team
         self.facts = live_facts(model)
         self.added: Mapping[int, Tensor] = {}
+        self.suspects: list[Response] = []  # those of this process's last pass with which the loss became no number
 
     @contextmanager
     def shifting(self) -> Generator[None]:
@@ -219,24 +241,32 @@ class _Runner:
 
         with torch.no_grad():
             self._compensate(trained)
-            total = sum(float(summed_loss(self.model, part)) for part in self._parts(responses))
-        return self._sum(total, trained) / _own(responses)
+            return self._mean(responses, lambda part: summed_loss(self.model, part))
 
     def backward(self, batch: Sequence[Response], trained: "Tensor") -> float:
         """The same, and its gradient added to that of what is trained."""
-        total, tokens = 0.0, _own(batch)
-        for part in self._parts(batch):
+        tokens = _own(batch)
+
+        def learn(part: Sequence[Response]) -> "Tensor":
             with self._sparing(part):
                 self._compensate(trained)
                 loss: Any = summed_loss(self.model, part, learning=True)
                 (loss / tokens).backward()
-            total += float(loss.detach())
+            return loss.detach()
+
+        mean = self._mean(batch, learn)
         assert trained.grad is not None
         self.team.add(trained.grad)
-        return self._sum(total, trained) / tokens
+        return mean
 
-    def _parts(self, responses: Sequence[Response]) -> list[list[Response]]:
-        return packs(responses[self.team.rank :: self.team.size], self.batch_tokens)
+    def _mean(self, responses: Sequence[Response], summed: "Callable[[Sequence[Response]], Tensor]") -> float:
+        """The mean per own token of what every process sums over its share, `batch_tokens` at a time."""
+        total, self.suspects = 0.0, []
+        for part in packs(responses[self.team.rank :: self.team.size], self.batch_tokens):
+            loss = float(summed(part))
+            total += loss
+            self.suspects += [] if math.isfinite(loss) else part
+        return self.team.total(total) / _own(responses)
 
     def _compensate(self, trained: "Tensor") -> None:
         self.added = self.shifts.by_layer(self.shifts.compensation(trained), self.facts.geometry.heads)
@@ -255,11 +285,6 @@ class _Runner:
         values = len(part) * max(len(response.text) for response in part) * a_token
         return recomputing(self.model) if values * self.model.dtype.itemsize > KEPT_BYTES else nullcontext()
 
-    def _sum(self, value: float, like: "Tensor") -> float:
-        total = like.new_tensor(value)
-        self.team.add(total)
-        return float(total) if self.team.size > 1 else value
-
 
 def _own(responses: Sequence[Response]) -> int:
     return sum(response.scored for response in responses)
@@ -274,18 +299,3 @@ def _first_tokens(responses: Sequence[Response], count: int) -> list[Response]:
         taken.append(response)
         count -= len(response.text)
     return taken
-
-
-def _no_number(
-    loss: float, step: int, steps: int, batch: Sequence[Response], training: _Training, file: StateFile
-) -> str:
-    what = "gradient" if math.isfinite(loss) else f"loss is {loss}"
-    kept = [at for at in training.losses if at]
-    state = "Nothing was trained yet"
-    if kept:
-        state = f"The state after step {kept[-1]} is kept in {file.path}, and the same command goes on from it"
-    return (
-        f"training stopped in step {step} of {steps}, on the samples at {places(batch)}: the {what}"
-        f"{' holds values that are no numbers' if math.isfinite(loss) else ''}. "
-        f"{state}; use a smaller --lr, or look at these samples"
-    )

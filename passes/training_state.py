@@ -37,16 +37,14 @@ class StateFile:
 
     def load(self) -> TrainingState | None:
         """What the file holds, None if it is not there; CheckpointError for another training's, or no such file."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
+        from safetensors import SafetensorError, safe_open
 
         if not self.path.exists():
             return None
         try:
-            data = self.path.read_bytes()
-            arrays = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            body = json.loads(header["__metadata__"][METADATA_KEY])
+            with safe_open(self.path, "numpy") as file:
+                body = json.loads(file.metadata()[METADATA_KEY])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             found, losses = dict(body["identity"]), {int(step): float(loss) for step, loss in body["losses"]}
             state = TrainingState(int(body["step"]), arrays, losses)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

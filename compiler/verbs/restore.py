@@ -71,18 +71,19 @@ def restore(
     Raises PairsError, CheckpointError or Refused for what cannot be used, CheckFailed where restoring does not help,
     a loss is no number, or the result would not hold: nothing is written then.
     """
-    out, team = Path(out), gather_team()
-    task = Task(top_heads, components, Schedule(lr, epochs, batch_size, settings.seed))
+    out, team = Path(out), gather_team(settings.device)
     state = Path(checkpoint) if checkpoint is not None else out.with_name(out.name + STATE)
-    require_place(out)
-    require_folder(state)
-    drawing = _drawing(picture)
-    samples, contrasts = read_samples(data), read_pairs(pairs) if pairs is not None else None
-    bases = open_base(dense, dense_revision), open_base(pruned, revision)
-    task.count(head_counts(bases[1].facts)[0] * bases[1].facts.geometry.layers)
-    if not program_only:
-        _require_foldable(bases[1], target, form)
-    pruning = examine(bases[0].layout, bases[1].layout, Path(head_map) if head_map is not None else None)
+    with team.first():
+        task = Task(top_heads, components, Schedule(lr, epochs, batch_size, settings.seed))
+        require_place(out)
+        require_folder(state)
+        drawing = _drawing(picture)
+        samples, contrasts = read_samples(data), read_pairs(pairs) if pairs is not None else None
+        bases = open_base(dense, dense_revision), open_base(pruned, revision)
+        task.count(head_counts(bases[1].facts)[0] * bases[1].facts.geometry.layers)
+        if not program_only:
+            _require_foldable(bases[1], target, form)
+        pruning = examine(bases[0].layout, bases[1].layout, Path(head_map) if head_map is not None else None)
     models = Models(*bases, pruning)
     found = find_restoration(models, samples, contrasts, task, state, settings, team)
     if found is None:

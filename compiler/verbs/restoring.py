@@ -97,21 +97,20 @@ def find_restoration(
     The first process of a team prepares and reports; all of them train, and the others return None. Raises PairsError
     for samples that are too few, CheckFailed where a loss is no number.
     """
-    parts = split_samples(samples, settings.seed)
-    tokenizer = load_tokenizer(models.pruned.path)
-    require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
-    view, lost = None, None
-    with TemporaryDirectory(prefix="austeer-") as scratch:
-        if team.leads:
-            view = _view_dense(models, tokenizer, parts, pairs, Path(scratch), settings)
-        model = _load(models.pruned, settings, team)
-        material = _material(model, tokenizer, parts, settings)
-        if view is not None:
-            lost = ask_pruned(model, view, task, Path(scratch), settings)
-    shifts = team.share(lost.shifts if lost else None)
+    with team.first():
+        parts = split_samples(samples, settings.seed)
+        tokenizer = load_tokenizer(models.pruned.path)
+        require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
+    with TemporaryDirectory(prefix="austeer-") as folder:
+        scratch = Path(folder)
+        view = team.share(lambda: _view_dense(models, tokenizer, parts, pairs, scratch, settings, team))
+        with team.first():
+            model = _load(models.pruned, settings, team)
+            material = _material(model, tokenizer, parts, settings)
+        lost = team.share(lambda: ask_pruned(model, view, task, scratch, settings))
     file = StateFile(state, _identity(models, material, task))
-    trained = _train(model, shifts, material, task, file, settings, team)
-    return _judge(model, trained, view, lost, material, settings) if view and lost else None
+    trained = _train(model, lost.shifts, material, task, file, settings, team)
+    return _judge(model, trained, view, lost, material, settings) if team.leads else None
 
 
 def _view_dense(
@@ -121,8 +120,9 @@ def _view_dense(
     pairs: Sequence[Pair] | None,
     scratch: Path,
     settings: Settings,
+    team: Team,
 ) -> DenseView:
-    model = _load(models.dense, settings, Team())
+    model = _load(models.dense, settings, team)
     material = _material(model, tokenizer, parts, settings)
     fit, _, test = parts
     contrasts = contrasts_of(model, tokenizer, pairs, fit, test, material.length, settings)

@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias
 from austeer.compiler.errors import UsageError
 from austeer.passes.train_shifts import Schedule
 
-TopHeads: TypeAlias = int | Literal["all"] | None
+MOST_LR = 1e37  # beyond it the optimiser's own numbers overflow
 
-MOST_LR = 1000  # times what a head puts out, in one step: far beyond what can be meant
+TopHeads: TypeAlias = int | Literal["all"] | None
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ class Task:
         if schedule.epochs is not None and schedule.epochs < 0:
             raise UsageError(f"--epochs must be 0, for lost components alone, or more, got {schedule.epochs}")
         if not 0 < schedule.lr <= MOST_LR:
-            raise UsageError(f"--lr must be above 0 and at most {MOST_LR}, got {schedule.lr}")
+            raise UsageError(f"--lr must be a number above 0, and at most {MOST_LR:g}, got {schedule.lr}")

@@ -460,9 +460,11 @@ def test_training_that_breaks_keeps_its_last_good_state_beside_the_output(
     good = begun.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Schedule, "rate", lambda *_: float("nan"))
-        with pytest.raises(CheckFailed, match="Nothing was trained yet"):
+        with pytest.raises(CheckFailed, match="nothing was kept yet"):
             restored(here, tmp_path / "new", epochs=4)
-        with pytest.raises(CheckFailed, match=r"training stopped in step 5 of 16, on the samples at .*data.jsonl:\d+"):
+        with pytest.raises(
+            CheckFailed, match=r"stopped after step 5: .*data.jsonl:\d+.* after step 4 is kept in .*out"
+        ):
             restored(here, tmp_path / "out", epochs=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", begun.name]
     assert begun.read_bytes() == good
