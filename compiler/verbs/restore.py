@@ -1,5 +1,6 @@
 """restore: pruned model + the dense one it was + samples → the pruned model with what its heads lost, in biases."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from austeer.targets.llama_cpp import find_converter
 
 COMPONENTS = 10
 CERTIFIED_TOKENS = 2048
+SPARE_BYTES = 2**29  # beyond the size of the model, for a certificate in float32
 STATE = ".training.safetensors"
 
 
@@ -173,10 +175,15 @@ def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:
 
 
 def _certificate_dtype(base: Base, settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """As stored, or what the user names: in float32 a model of 16 bits would take twice its size."""
-    stored = stored_dtype(base.path)
+    """float32 where that takes little more memory than the model as stored, else as stored, with a notice.
+
+    Run in bfloat16, two models that differ by nothing but rounding can be 1e-3 nats apart, which is all that is allowed.
+    """
+    tensors, stored = base.checkpoint.tensors.values(), stored_dtype(base.path)
     if settings.dtype != "auto" or stored == "float32":
         return settings.dtype, ()
+    if 4 * sum(math.prod(tensor.shape) for tensor in tensors) <= sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES:
+        return "float32", ()
     return "auto", (f"the certificate is measured in {stored}, as stored; --dtype float32 measures it more finely",)
 
 
