@@ -235,7 +235,8 @@ def steer(**arguments: Any) -> Any:
 def restore(**arguments: Any) -> Any:
     """Bring back what pruning lost, as constants of attention heads, and write the restored checkpoint.
 
-    Every zero stays zero. To train on several processes or GPUs: accelerate launch -m austeer.compiler.cli restore ...
+    Every zero stays zero. To train on several GPUs: accelerate launch -m austeer.compiler.cli restore ...; in several
+    processes on CPUs: torchrun --nproc-per-node N -m austeer.compiler.cli restore ...
     """
     from austeer.compiler.verbs.restore import restore as verb
 
