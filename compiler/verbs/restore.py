@@ -9,7 +9,7 @@ import numpy as np
 
 from austeer.compiler.certificate import Certificate, stored_dtype
 from austeer.compiler.edits import Shift
-from austeer.compiler.errors import CheckFailed, Refused
+from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.head_map import head_counts
 from austeer.compiler.manifest import sha256_of
 from austeer.compiler.pairs import read_pairs
@@ -74,6 +74,8 @@ def restore(
     out, team = Path(out), gather_team(settings.device)
     state = Path(checkpoint) if checkpoint is not None else out.with_name(out.name + STATE)
     with team.first():
+        if checkpoint is not None and epochs == 0:
+            raise UsageError("--checkpoint keeps a training, and with --epochs 0 there is none")
         task = Task(top_heads, components, Schedule(lr, epochs, batch_size, settings.seed))
         require_place(out)
         require_folder(state)
@@ -173,10 +175,10 @@ def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:
 
 
 def _certificate_dtype(base: Base, settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """As stored, or what the user names: in float32 a model of 16 bits would take twice its size."""
+    """As stored, or float32 if the user says so: there a model of 16 bits takes twice its size."""
     stored = stored_dtype(base.path)
-    if settings.dtype != "auto" or stored == "float32":
-        return settings.dtype, ()
+    if stored == "float32" or settings.dtype == "float32":
+        return "float32", ()
     return "auto", (f"the certificate is measured in {stored}, as stored; --dtype float32 measures it more finely",)
 
 
