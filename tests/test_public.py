@@ -25,12 +25,12 @@ def test_public_names():
 
 
 def test_commands_and_options():
-    assert set(main.commands) == {"build", "demo", "import", "inspect", "push", "steer", "targets", "verify"}
+    assert set(main.commands) == {"build", "demo", "import", "inspect", "push", "restore", "steer", "targets", "verify"}
     for name, command in main.commands.items():
         parameters = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
         options = {option for parameter in parameters for option in parameter.opts}
         assert "--json" in options, name
-        if name in ("steer", "build", "verify"):
+        if name in ("steer", "restore", "build", "verify"):
             assert {"--device", "--dtype", "--batch-tokens", "--max-length", "--seed"} <= options
 
 

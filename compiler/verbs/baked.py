@@ -45,10 +45,10 @@ def zeros_of(compiled: Compiled, pruning: Pruning, folder: Path) -> Iterator[Zer
     """
     if not (isinstance(compiled.plan, Plan) and isinstance(compiled.base, Base)):
         return map(Zeros, pruning.pruned)
-    written = Checkpoint.open(folder)
-    layout = Layout.of(written, facts_of(folder.name, written.config))
-    moved = OutputLayout(compiled.base.layout, compiled.plan.form).moved
-    kept = kept_zeros(compiled.base.checkpoint, layout, moved)
+    written, before = Checkpoint.open(folder), compiled.base.layout
+    after = Layout(written, facts_of(folder.name, written.config), before.prefix)
+    moved = OutputLayout(before, compiled.plan.form).moved
+    kept = kept_zeros(before.checkpoint, after, moved)
     if kept.filled:
         name, count = kept.filled[0]
         raise CheckFailed(f"{name}: {count} values that pruning made zero would not be zero any more; report this")

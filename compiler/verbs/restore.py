@@ -147,8 +147,6 @@ def _remove(files: Sequence[Path]) -> None:
 
 def _require_foldable(base: Base, target: str | None, form: str) -> None:
     """Refused, before any model is run, where what will be found could not be written."""
-    if form == "gguf":
-        find_converter()
     geometry = base.facts.geometry
     different = np.arange(1, geometry.heads + 1)  # in every head: what is alike may have more ways
     anything = [Shift(layer, "heads", different) for layer in range(geometry.layers)]
@@ -156,6 +154,8 @@ def _require_foldable(base: Base, target: str | None, form: str) -> None:
         Compiled.of(Program.of(anything, model=geometry), base, target, form)
     except Refused as error:
         raise Refused(f"{error}\nOr write the program alone with --program-only") from None
+    if form == "gguf":
+        find_converter()
 
 
 def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:

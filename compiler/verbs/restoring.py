@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from austeer.compiler.activation_memory import affordable_tokens
 from austeer.compiler.certificate import stored_dtype
@@ -32,6 +33,10 @@ from austeer.passes.training_state import StateFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Parts: TypeAlias = tuple[tuple[Sample, ...], ...]
+"""Samples to fit to, to stop by and to report on."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,8 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Material:
-    """The samples to fit to, to stop by and to report on, as tokens; `raw` as they were."""
+    """The samples to fit to, to stop by and to report on, as tokens of at most `length`."""
 
-    raw: tuple[tuple[Sample, ...], ...]
     parts: tuple[tuple[Response, ...], ...]
     length: int
     notes: tuple[str, ...]
@@ -95,15 +99,16 @@ def find_restoration(
     for samples that are too few, CheckFailed where a loss is no number.
     """
     with team.first():
+        parts = split_samples(samples, settings.seed)
         tokenizer = load_tokenizer(models.pruned.path)
         require_same_tokenizer(load_tokenizer(models.dense.path), tokenizer)
     with TemporaryDirectory(prefix="austeer-") as folder:
         scratch = Path(folder)
-        view = team.share(lambda: _view_dense(models, tokenizer, samples, pairs, scratch, settings, team))
+        view = team.share(lambda: _view_dense(models, tokenizer, parts, pairs, scratch, settings, team))
         with team.first():
             model = _load(models.pruned, settings, team)
             settings = _sparing(settings, model)
-            material = _material(model, tokenizer, samples, settings)
+            material = _material(model, tokenizer, parts, settings)
         lost = team.share(lambda: ask_pruned(model, view, task, scratch, settings))
     file = StateFile(state, _identity(models, material, task))
     trained = _train(model, lost.shifts, material, task, file, settings, team)
@@ -113,7 +118,7 @@ def find_restoration(
 def _view_dense(
     models: Models,
     tokenizer: "PreTrainedTokenizerBase",
-    samples: Sequence[Sample],
+    parts: Parts,
     pairs: Sequence[Pair] | None,
     scratch: Path,
     settings: Settings,
@@ -121,8 +126,8 @@ def _view_dense(
 ) -> DenseView:
     model = _load(models.dense, settings, team)
     settings = _sparing(settings, model)
-    material = _material(model, tokenizer, samples, settings)
-    fit, _, test = material.raw
+    material = _material(model, tokenizer, parts, settings)
+    fit, _, test = parts
     contrasts = contrasts_of(model, tokenizer, pairs, fit, test, material.length, settings)
     return ask_dense(model, contrasts, material.parts[2], models.pruning, scratch, settings.batch_tokens)
 
@@ -141,20 +146,19 @@ def _sparing(settings: Settings, model: "PreTrainedModel") -> Settings:
 
 
 def _material(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], settings: Settings
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", parts: Parts, settings: Settings
 ) -> _Material:
     length = min(settings.length_for(model.config.to_dict()), longest_text(model))
-    encoded, notes = encode_responses(tokenizer, samples, length, settings.chat)
+    encoded, notes = encode_responses(tokenizer, list(chain(*parts)), length, settings.chat)
     found = {response.where: response for response in encoded}
-    raw = split_samples(samples, settings.seed)
-    parts = tuple(tuple(found[one.where] for one in part if one.where in found) for part in raw)
-    for responses, purpose in zip(parts, ("fit to", "stop by", "report on"), strict=True):
+    kept = tuple(tuple(found[one.where] for one in part if one.where in found) for part in parts)
+    for responses, purpose in zip(kept, ("fit to", "stop by", "report on"), strict=True):
         if not responses:
             raise PairsError(
                 f"no sample is left to {purpose}: of their responses nothing lies within {length} tokens; give more "
                 "samples, or a larger --max-length"
             )
-    return _Material(raw, parts, length, (*chat_notice(tokenizer, settings), *notes))
+    return _Material(kept, length, (*chat_notice(tokenizer, settings), *notes))
 
 
 def _identity(models: Models, material: _Material, task: Task) -> dict[str, str]:

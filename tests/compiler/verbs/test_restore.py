@@ -29,6 +29,7 @@ from austeer.compiler.verbs.restoration import Restoration
 from austeer.compiler.verbs.restore import restore
 from austeer.compiler.verbs.steer import steer
 from austeer.compiler.verbs.verify import verify
+from austeer.passes.train_shifts import Schedule
 from benchmarks.pruners import magnitude, structured, two_of_four
 from tests.engines.llama_cpp import use_converter
 from tests.tiny import Tiny, load, logits, stored
@@ -258,37 +259,16 @@ def test_so_many_heads_as_are_asked_for(asked: Any, count: int, here: Path, tmp_
 
 
 def test_components_that_do_not_help_are_written_with_a_note(here: Path, tmp_path: Path):
-    data = write_rows(tmp_path / "data.jsonl", liked_by(here / "half"))
-    found = restored(here, tmp_path / "out", data=data, epochs=0, program_only=True)
+    found = restored(here, tmp_path / "out", epochs=0, program_only=True)
     assert found.restored.loss.restored > found.restored.loss.pruned
     assert any("the lost components alone do not help" in note for note in found.notes)
 
 
-def liked_by(folder: Path) -> list[dict[str, str]]:
-    """The data, where what is reported on is what the pruned model would say, and the dense one least so."""
-    samples, models, tokenizer = read_rows(ROWS), (load(folder), load(MODEL)), load_tokenizer(folder)
-    held_out = {sample.prompt for sample in split_samples(samples, 0)[2]}
-
-    def own(prompt: str) -> str:
-        text = ids(prompt)
-        for _ in range(24):
-            likely, otherwise = (logits(model, text)[0, -1].log_softmax(-1) for model in models)
-            best = likely.topk(5).indices
-            text = torch.cat([text, best[(likely - otherwise)[best].argmax()].view(1, 1)], dim=1)
-        return tokenizer.decode(text[0], skip_special_tokens=True).removeprefix(prompt)
-
-    return [{**row, "response": own(row["prompt"])} if row["prompt"] in held_out else row for row in ROWS]
-
-
-def read_rows(rows: Sequence[dict[str, str]]) -> list[Sample]:
-    return [Sample(**row, where=f"data:{number}") for number, row in enumerate(rows, 1)]
-
-
 def test_where_restoring_does_not_help_nothing_is_written(here: Path, tmp_path: Path):
-    data = write_rows(tmp_path / "data.jsonl", liked_by(here / "half"))
+    """Steps that are far too large keep the components, which alone do not help."""
     with pytest.raises(CheckFailed, match=r"restoring does not help: the held-out loss is .* Give more data"):
-        restored(here, tmp_path / "out", data=data)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+        restored(here, tmp_path / "out", lr=1000.0)
+    assert not any(tmp_path.iterdir())
 
 
 # ---- contrasts --------------------------------------------------------------------------
@@ -472,14 +452,22 @@ def test_a_state_that_is_named_stays_and_is_gone_on_from(here: Path, tmp_path: P
     assert (tmp_path / "state").is_file()
 
 
-def test_training_that_breaks_keeps_its_state_beside_the_output(here: Path, tmp_path: Path):
-    with pytest.raises(CheckFailed, match="training stopped") as caught:
-        restored(here, tmp_path / "out", lr=1e30, epochs=4)
-    assert str(tmp_path) in str(caught.value) or "Nothing was trained yet" in str(caught.value)
-    assert not (tmp_path / "out").exists()
-    again = restored(here, tmp_path / "out", epochs=4, program_only=True)
-    assert np.isfinite(list(again.restored.trained.losses.values())).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_training_that_breaks_keeps_its_last_good_state_beside_the_output(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun = tmp_path / "out.training.safetensors"
+    restored(here, tmp_path / "other", checkpoint=begun, program_only=True)
+    good = begun.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Schedule, "rate", lambda *_: float("nan"))
+        with pytest.raises(CheckFailed, match="nothing was kept yet"):
+            restored(here, tmp_path / "new", epochs=4)
+        with pytest.raises(CheckFailed, match=r"stopped after step 5: .*data.jsonl:\d+.* after step 4 is kept in"):
+            restored(here, tmp_path / "out", epochs=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", begun.name]
+    assert begun.read_bytes() == good
+    restored(here, tmp_path / "out", epochs=4, program_only=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 # ---- for people -------------------------------------------------------------------------
