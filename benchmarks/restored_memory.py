@@ -16,8 +16,8 @@ from benchmarks.samples import estimate
 
 MODELS: Mapping[str, tuple[Shape, int]] = {"float32": (ONE_B, 9), "bfloat16": (ONE_B, 22)}  # 1.6 and 1.9 GB
 TIMES_MODEL, PLUS_BYTES = 1.3, GB
-ROWS = 12
-OPTIONS = ("--epochs", "1", "--batch-tokens", "64")
+ROWS, SENTENCES = 12, 40  # of a row: more tokens than --max-length
+OPTIONS = ("--epochs", "1", "--max-length", "256")
 METHOD = (
     "One process for each model, a random llama with the tokenizer of the demo, and its twin without half of each "
     "row's weights: `restore PRUNED --dense DENSE --data FILE -o OUT`, from the search for the heads to the "
@@ -55,7 +55,10 @@ def write_models(folder: Path, dtype: str, shape: Shape, layers: int) -> None:
         for path in MODEL.glob("tokenizer*"):
             shutil.copy(path, folder / name)
         prune_half(model)
-    rows = ({"prompt": f"Once upon a time {n} birds", "response": f" met {n} dogs and played."} for n in range(ROWS))
+    rows = (
+        {"prompt": f"Once upon a time {n} birds", "response": f" met {n} dogs and played." * SENTENCES}
+        for n in range(ROWS)
+    )
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 

@@ -61,7 +61,8 @@ RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-        help="What models run in; auto: as stored, but float32 on a CPU and for the certificate, if it fits.",
+        help="What models run in; auto: as stored, but float32 on a CPU and for the certificate, if it fits; restore: "
+        "as stored, but float16 as bfloat16.",
     ),
     click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass."),
     click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: the model's, at most 2048."),
@@ -235,7 +236,8 @@ def steer(**arguments: Any) -> Any:
 def restore(**arguments: Any) -> Any:
     """Bring back what pruning lost, as constants of attention heads, and write the restored checkpoint.
 
-    Every zero stays zero. To train on several processes or GPUs: accelerate launch -m austeer.compiler.cli restore ...
+    Every zero stays zero. To train on several GPUs: accelerate launch -m austeer.compiler.cli restore ...; in several
+    processes on CPUs: torchrun --nproc-per-node N -m austeer.compiler.cli restore ...
     """
     from austeer.compiler.verbs.restore import restore as verb
 

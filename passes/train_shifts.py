@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from austeer.compiler.activation_memory import all_affordable
 from austeer.compiler.errors import CheckFailed
 from austeer.compiler.forward import input_device
 from austeer.compiler.hooked import widen
@@ -29,7 +30,6 @@ PATIENCE = 4  # evaluations without a better loss, after which it stops
 STOP_TOKENS = 16_384  # of held-out text, for each evaluation
 LEAST_EPOCHS, LEAST_STEPS = 3, 300  # where the user names no epochs: the paper's, and more where samples are few
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-KEPT_BYTES = 2**28  # of activations kept for gradients; where there would be more, blocks run again instead
 
 
 @dataclass(frozen=True)
@@ -279,11 +279,9 @@ class _Runner:
         return hook
 
     def _sparing(self, part: Sequence[Response]) -> AbstractContextManager[None]:
-        """Blocks run again where their activations would take too much memory: about so many values a token."""
-        sizes = self.facts.geometry
-        a_token = sizes.layers * (8 * sizes.residual + 4 * sizes.heads + 4 * sizes.neurons)
-        values = len(part) * max(len(response.text) for response in part) * a_token
-        return recomputing(self.model) if values * self.model.dtype.itemsize > KEPT_BYTES else nullcontext()
+        """Blocks run again, instead of keeping activations for gradients, where these are too many."""
+        tokens = len(part) * max(len(response.text) for response in part)
+        return nullcontext() if all_affordable(self.model, tokens) else recomputing(self.model)
 
 
 def _own(responses: Sequence[Response]) -> int:

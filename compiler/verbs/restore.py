@@ -10,7 +10,7 @@ import numpy as np
 
 from austeer.compiler.certificate import Certificate, stored_dtype
 from austeer.compiler.edits import Shift
-from austeer.compiler.errors import CheckFailed, Refused
+from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.head_map import head_counts
 from austeer.compiler.manifest import sha256_of
 from austeer.compiler.pairs import read_pairs
@@ -76,6 +76,8 @@ def restore(
     out, team = Path(out), gather_team(settings.device)
     state = Path(checkpoint) if checkpoint is not None else out.with_name(out.name + STATE)
     with team.first():
+        if checkpoint is not None and epochs == 0:
+            raise UsageError("--checkpoint keeps a training, and with --epochs 0 there is none")
         task = Task(top_heads, components, Schedule(lr, epochs, batch_size, settings.seed))
         require_place(out)
         require_folder(state)
@@ -175,14 +177,13 @@ def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:
 
 
 def _certificate_dtype(base: Base, settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """float32 where that takes little more memory than the model as stored, else as stored, with a notice.
+    """float32 if the user says so or it takes little more memory than the model as stored, else as stored.
 
-    Run in bfloat16, two models that differ by nothing but rounding can be 1e-3 nats apart, which is all that is allowed.
+    Run in bfloat16, models that differ by rounding alone can be 1e-3 nats apart, which is all that is allowed.
     """
     tensors, stored = base.checkpoint.tensors.values(), stored_dtype(base.path)
-    if settings.dtype != "auto" or stored == "float32":
-        return settings.dtype, ()
-    if 4 * sum(math.prod(tensor.shape) for tensor in tensors) <= sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES:
+    more = sum(4 * math.prod(tensor.shape) - tensor.nbytes for tensor in tensors)
+    if "float32" in (stored, settings.dtype) or more <= SPARE_BYTES:
         return "float32", ()
     return "auto", (f"the certificate is measured in {stored}, as stored; --dtype float32 measures it more finely",)
 

@@ -1,12 +1,13 @@
 """Restoring on live models: the dense one says what was lost, then the pruned one learns what to add."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeAlias
 
+from austeer.compiler.activation_memory import affordable_tokens
 from austeer.compiler.certificate import stored_dtype
 from austeer.compiler.edits import Floats
 from austeer.compiler.errors import PairsError
@@ -106,6 +107,7 @@ def find_restoration(
         view = team.share(lambda: _view_dense(models, tokenizer, parts, pairs, scratch, settings, team))
         with team.first():
             model = _load(models.pruned, settings, team)
+            settings = _sparing(settings, model)
             material = _material(model, tokenizer, parts, settings)
         lost = team.share(lambda: ask_pruned(model, view, task, scratch, settings))
     file = StateFile(state, _identity(models, material, task))
@@ -123,6 +125,7 @@ def _view_dense(
     team: Team,
 ) -> DenseView:
     model = _load(models.dense, settings, team)
+    settings = _sparing(settings, model)
     material = _material(model, tokenizer, parts, settings)
     fit, _, test = parts
     contrasts = contrasts_of(model, tokenizer, pairs, fit, test, material.length, settings)
@@ -135,6 +138,11 @@ def _load(base: Base, settings: Settings, team: Team) -> "PreTrainedModel":
     if dtype == "auto" and stored_dtype(base.path) == "float16":
         dtype = "bfloat16"
     return load_model(base.path, dtype=dtype, device=team.device or settings.device)
+
+
+def _sparing(settings: Settings, model: "PreTrainedModel") -> Settings:
+    """With as many tokens of a pass as have room beside the model."""
+    return replace(settings, batch_tokens=affordable_tokens(model, settings.batch_tokens))
 
 
 def _material(

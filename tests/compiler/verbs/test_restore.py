@@ -356,7 +356,7 @@ def test_heads_of_a_smaller_model_are_known_by_their_rows_or_a_map(here: Path, t
     assert other.restored.program != found.restored.program
 
 
-@pytest.mark.parametrize(("dtype", "spare", "measured"), [("float16", 0, "float16"), ("bfloat16", 2**29, "float32")])
+@pytest.mark.parametrize(("dtype", "spare", "measured"), [("float16", -1, "float16"), ("bfloat16", 2**29, "float32")])
 def test_sixteen_bits_are_kept_and_certified_in_more_where_memory_allows(
     dtype: str, spare: int, measured: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
