@@ -16,7 +16,7 @@ from austeer.compiler.program import Program
 from austeer.compiler.response_loss import summed_loss
 from austeer.compiler.responses import Response
 from austeer.compiler.sites import SiteName
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from austeer.compiler.responses import Response, encode_responses, read_samples
 from austeer.compiler.verbs.common import Settings
 from austeer.compiler.verbs.restore import COMPONENTS, restore
 from austeer.compiler.verbs.task import TopHeads
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 from benchmarks.baselines import flap, lora, mean_compensation
 from benchmarks.prunings import prunings_of
 from benchmarks.report import FOLDER, Report, Row

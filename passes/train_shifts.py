@@ -1,66 +1,29 @@
 """train_shifts: pruned model, lost components and responses → the compensation with the least held-out loss."""
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-
-from austeer.compiler.activation_memory import all_affordable
 from austeer.compiler.errors import CheckFailed
 from austeer.compiler.forward import input_device
-from austeer.compiler.hooked import widen
-from austeer.compiler.live import live_facts, port
 from austeer.compiler.progress import track
-from austeer.compiler.response_loss import packs, places, recomputing, summed_loss
+from austeer.compiler.response_loss import places
 from austeer.compiler.responses import Response
 from austeer.compiler.team import Team
 from austeer.passes.head_shifts import HeadShifts
+from austeer.passes.schedule import Schedule
+from austeer.passes.shifted_model import ShiftedModel
 from austeer.passes.training_state import StateFile, TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-WARM_UP = 0.05  # of the steps
 EVALUATIONS = 16  # of the held-out loss, in the whole training
 PATIENCE = 4  # evaluations without a better loss, after which it stops
 STOP_TOKENS = 16_384  # of held-out text, for each evaluation
-LEAST_EPOCHS, LEAST_STEPS = 3, 300  # where the user names no epochs: the paper's, and more where samples are few
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: Adam with warm-up and cosine. `lr` is a step as a share of a head's RMS output."""
-
-    lr: float = 0.02
-    epochs: int | None = None  # None: 3, and as many more as 300 steps need
-    batch_size: int = 8  # samples of a step
-    seed: int = 0
-
-    def steps(self, samples: int) -> int:
-        """The number of steps over so many samples."""
-        needed = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / self._an_epoch(samples)))
-        return (needed if self.epochs is None else self.epochs) * self._an_epoch(samples)
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step: linear warm-up, then half a cosine down to 0."""
-        warm = max(1, round(WARM_UP * steps))
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
-
-    def batch(self, step: int, samples: int) -> list[int]:
-        """The samples of a step: the same in every process and after every interruption."""
-        epoch, place = divmod(step, self._an_epoch(samples))
-        order = np.random.default_rng([self.seed, epoch]).permutation(samples)
-        return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-
-    def _an_epoch(self, samples: int) -> int:
-        return math.ceil(samples / self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,38 +68,38 @@ def train_shifts(
     training = _Training.of(model, shifts, file, team)
     steps = schedule.steps(len(fit))
     every = max(1, math.ceil(steps / EVALUATIONS))
-    runner = _Runner(model, training.shifts, batch_tokens, team)
+    shifted = ShiftedModel(model, training.shifts, batch_tokens, team)
     watched = _first_tokens(stop, STOP_TOKENS)
-    with runner.shifting():
+    with shifted.shifting():
         if not training.losses:
-            _judge(training, runner, watched)
+            _judge(training, shifted, watched)
         for step in track(range(training.step, steps), "Training", steps - training.step):
             if training.stale:
                 break
-            _learn(training, runner, [fit[index] for index in schedule.batch(step, len(fit))])
+            _learn(training, shifted, [fit[index] for index in schedule.batch(step, len(fit))])
             if training.step and training.step in training.losses:
                 training.keep()  # not before it is known that a step can be made from there
             training.move(schedule.rate(step, steps))
             if training.step % every == 0 or training.step == steps:
-                _judge(training, runner, watched)
+                _judge(training, shifted, watched)
     training.keep()
     return training.result()
 
 
-def _learn(training: "_Training", runner: "_Runner", batch: Sequence[Response]) -> None:
+def _learn(training: "_Training", shifted: "ShiftedModel", batch: Sequence[Response]) -> None:
     """The gradient of a batch."""
-    loss = runner.backward(batch, training.trained)
+    loss = shifted.backward(batch, training.trained)
     if not math.isfinite(loss):
-        training.stop(f"the loss is {loss}", runner.suspects or batch)
+        training.stop(f"the loss is {loss}", shifted.suspects or batch)
     if not bool(training.gradient.isfinite().all()):
         training.stop("the gradient holds no numbers", batch)
 
 
-def _judge(training: "_Training", runner: "_Runner", watched: Sequence[Response]) -> None:
+def _judge(training: "_Training", shifted: "ShiftedModel", watched: Sequence[Response]) -> None:
     """The held-out loss."""
-    loss = runner.loss(watched, training.trained)
+    loss = shifted.loss(watched, training.trained)
     if not math.isfinite(loss):
-        training.stop(f"the held-out loss is {loss}", runner.suspects or watched)
+        training.stop(f"the held-out loss is {loss}", shifted.suspects or watched)
     training.judge(loss)
 
 
@@ -215,77 +178,6 @@ class _Training:
     def result(self) -> Trained:
         """The best."""
         return Trained(self.shifts, self.best, self.losses, self.step)
-
-
-class _Runner:
-    """Runs the model with the compensation at its heads, on this process's share of a batch."""
-
-    def __init__(self, model: "PreTrainedModel", shifts: HeadShifts, batch_tokens: int, team: Team) -> None:
-        self.model, self.shifts, self.batch_tokens, self.team = model, shifts, batch_tokens, team
-        self.facts = live_facts(model)
-        self.added: Mapping[int, Tensor] = {}
-        self.suspects: list[Response] = []  # those of this process's last pass with which the loss became no number
-
-    @contextmanager
-    def shifting(self) -> Generator[None]:
-        """Within the context every chosen head's output is compensated."""
-        with ExitStack() as hooks:
-            for layer in self.shifts.layers:
-                place = port(self.model, self.facts, layer, "heads").module
-                hooks.callback(place.register_forward_pre_hook(self._hook(layer)).remove)
-            yield
-
-    def loss(self, responses: Sequence[Response], trained: "Tensor") -> float:
-        """Nats per own token, of all processes together."""
-        import torch
-
-        with torch.no_grad():
-            self._compensate(trained)
-            return self._mean(responses, lambda part: summed_loss(self.model, part))
-
-    def backward(self, batch: Sequence[Response], trained: "Tensor") -> float:
-        """The same, and its gradient added to that of what is trained."""
-        tokens = _own(batch)
-
-        def learn(part: Sequence[Response]) -> "Tensor":
-            with self._sparing(part):
-                self._compensate(trained)
-                loss: Any = summed_loss(self.model, part, learning=True)
-                (loss / tokens).backward()
-            return loss.detach()
-
-        mean = self._mean(batch, learn)
-        assert trained.grad is not None
-        self.team.add(trained.grad)
-        return mean
-
-    def _mean(self, responses: Sequence[Response], summed: "Callable[[Sequence[Response]], Tensor]") -> float:
-        """The mean per own token of what every process sums over its share, `batch_tokens` at a time."""
-        total, self.suspects = 0.0, []
-        for part in packs(responses[self.team.rank :: self.team.size], self.batch_tokens):
-            loss = float(summed(part))
-            total += loss
-            self.suspects += [] if math.isfinite(loss) else part
-        return self.team.total(total) / _own(responses)
-
-    def _compensate(self, trained: "Tensor") -> None:
-        self.added = self.shifts.by_layer(self.shifts.compensation(trained), self.facts.geometry.heads)
-
-    def _hook(self, layer: int) -> Callable[..., Any]:
-        def hook(_: Any, args: tuple["Tensor", ...]) -> tuple["Tensor", ...]:
-            x = args[0]
-            return (widen(x) + self.added[layer].to(x.device)).to(x.dtype), *args[1:]
-
-        return hook
-
-    def _sparing(self, part: Sequence[Response]) -> AbstractContextManager[None]:
-        """Blocks run again, instead of keeping activations for gradients, where these are too many."""
-        tokens = len(part) * max(len(response.text) for response in part)
-        return nullcontext() if all_affordable(self.model, tokens) else recomputing(self.model)
-
-
-def _own(responses: Sequence[Response]) -> int:
-    return sum(response.scored for response in responses)
 
 
 def _first_tokens(responses: Sequence[Response], count: int) -> list[Response]:

@@ -1,7 +1,7 @@
 """What restoring recovers of a real model that was pruned, on texts that it never saw.
 
-stories260K lost half of each row of its weights, and with it 2.15 nats a token. Constants at all heads that are fitted to
-the held-out texts themselves bring 36 % back, so that is the most there is to be found on others.
+stories260K lost half of each row of its weights, and with it 2.15 nats a token. Constants at all heads that are fitted
+to the held-out texts themselves bring 36 % back, so that is the most there is to be found on others.
 """
 
 from pathlib import Path

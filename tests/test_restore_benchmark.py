@@ -12,7 +12,7 @@ from austeer.compiler.live import live_facts, load_model, load_tokenizer, port
 from austeer.compiler.response_loss import mean_loss
 from austeer.compiler.responses import Response, Sample, encode_responses
 from austeer.compiler.verbs.demo import MODEL
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 from benchmarks import prunings, restore
 from benchmarks.baselines import flap, lora, mean_compensation
 from benchmarks.pruners import magnitude, structured

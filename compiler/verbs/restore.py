@@ -28,7 +28,7 @@ from austeer.compiler.verbs.picture import require_picture
 from austeer.compiler.verbs.restoration import Restoration, record, recovery_table
 from austeer.compiler.verbs.restoring import Models, Restored, find_restoration
 from austeer.compiler.verbs.task import Task, TopHeads
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 from austeer.targets.llama_cpp import find_converter
 
 COMPONENTS = 10

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from austeer.compiler.errors import UsageError
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 
 MOST_LR = 1e37  # beyond it the optimiser's own numbers overflow
 

@@ -18,9 +18,12 @@ from austeer.compiler.live import live_facts
 from austeer.compiler.response_loss import mean_loss
 from austeer.compiler.responses import Response
 from austeer.compiler.team import Team
+from austeer.passes import shifted_model
 from austeer.passes import train_shifts as module
 from austeer.passes.head_shifts import HeadShifts
-from austeer.passes.train_shifts import Schedule, Trained, train_shifts
+from austeer.passes.schedule import Schedule
+from austeer.passes.shifted_model import ShiftedModel
+from austeer.passes.train_shifts import Trained, train_shifts
 from austeer.passes.training_state import StateFile, TrainingState
 from tests.passes.test_head_shifts import some_shifts
 from tests.tiny import Tiny
@@ -139,7 +142,7 @@ def test_the_gradient_is_that_of_the_loss_by_hand() -> None:
     plain.backward()
     found = torch.from_numpy(shifts.start).requires_grad_()
     found.grad = torch.zeros_like(found)
-    runner = module._Runner(model, shifts, 12, Team())
+    runner = ShiftedModel(model, shifts, 12, Team())
     with runner.shifting():
         assert runner.backward(FIT, found) == pytest.approx(float(plain.detach()), rel=1e-5)
         assert runner.loss(FIT, found) == pytest.approx(float(plain.detach()), rel=1e-5)
@@ -171,7 +174,7 @@ def test_the_shares_of_several_processes_add_up_to_the_whole(size: int, count: i
     def share(team: Team) -> tuple[float, torch.Tensor]:
         values = torch.from_numpy(shifts.start).requires_grad_()
         values.grad = torch.zeros_like(values)
-        runner = module._Runner(model, shifts, 12, team)
+        runner = ShiftedModel(model, shifts, 12, team)
         with runner.shifting():
             return runner.backward(batch, values), values.grad
 
@@ -201,7 +204,7 @@ def test_blocks_run_again_where_memory_is_short(tmp_path: Path, monkeypatch: pyt
     schedule = Schedule(lr=0.1, epochs=1, batch_size=10)
     train(tmp_path, batch_tokens=10_000, schedule=schedule)
     assert len(runs) == 3  # the held-out loss before and after, and a step
-    monkeypatch.setattr(module, "all_affordable", lambda *_: False)
+    monkeypatch.setattr(shifted_model, "all_affordable", lambda *_: False)
     (tmp_path / "state").unlink()
     train(tmp_path, batch_tokens=10_000, schedule=schedule)
     hook.remove()
@@ -244,7 +247,7 @@ def test_every_epoch_takes_every_sample_once_in_another_order() -> None:
 def let_it_rise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out loss is how far training has come."""
     start = torch.from_numpy(some_shifts(CHOSEN, 6).start)
-    monkeypatch.setattr(module._Runner, "loss", lambda _, __, values: 9 + float((values.detach() - start).norm()))
+    monkeypatch.setattr(ShiftedModel, "loss", lambda _, __, values: 9 + float((values.detach() - start).norm()))
 
 
 def test_it_stops_where_the_held_out_loss_only_rises_and_keeps_the_start(
@@ -266,7 +269,7 @@ def test_it_goes_on_while_the_best_is_recent(tmp_path: Path, monkeypatch: pytest
         seen.append(values.detach().clone())
         return next(told)
 
-    monkeypatch.setattr(module._Runner, "loss", loss)
+    monkeypatch.setattr(ShiftedModel, "loss", loss)
     trained = train(tmp_path, schedule=Schedule(lr=0.1, epochs=4, batch_size=4))
     assert (trained.step, trained.best_step) == (8, 4)
     assert torch.equal(trained.best, seen[4])
@@ -380,7 +383,7 @@ def test_a_held_out_sample_without_a_number_is_named_before_anything_is_trained(
 def test_a_held_out_loss_that_is_no_number_is_not_kept_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter([9.0, 8.0, 7.0, math.inf])
     with monkeypatch.context() as patch:
-        patch.setattr(module._Runner, "loss", lambda *_: next(told))
+        patch.setattr(ShiftedModel, "loss", lambda *_: next(told))
         with pytest.raises(
             CheckFailed, match=r"after step 3: the held-out loss is inf on .*; the state after step 2 is"
         ):
@@ -391,14 +394,14 @@ def test_a_held_out_loss_that_is_no_number_is_not_kept_either(tmp_path: Path, mo
 
 
 def test_a_gradient_without_numbers_is_told_from_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = module._Runner.backward
+    plain = ShiftedModel.backward
 
     def backward(self: Any, batch: Any, trained: Any) -> float:
         loss = plain(self, batch, trained)
         trained.grad[0, 0] = torch.inf
         return loss
 
-    monkeypatch.setattr(module._Runner, "backward", backward)
+    monkeypatch.setattr(ShiftedModel, "backward", backward)
     with pytest.raises(
         CheckFailed, match=r"after step 0: the gradient holds no numbers on the samples at f:\d+, .*, …"
     ):

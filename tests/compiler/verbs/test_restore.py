@@ -29,7 +29,7 @@ from austeer.compiler.verbs.restoration import Restoration
 from austeer.compiler.verbs.restore import restore
 from austeer.compiler.verbs.steer import steer
 from austeer.compiler.verbs.verify import verify
-from austeer.passes.train_shifts import Schedule
+from austeer.passes.schedule import Schedule
 from benchmarks.pruners import magnitude, structured, two_of_four
 from tests.engines.llama_cpp import use_converter
 from tests.tiny import Tiny, load, logits, stored
