@@ -54,15 +54,28 @@ def _promotion() -> "TorchFunctionMode":
 
 
 def _promoting() -> Mapping[Any, Callable[..., "Tensor"]]:
+    """Of the functions that refuse operands of two dtypes, or take none but weights, those that weights are used in."""
     import torch
     from torch.nn import functional
 
     return {
         functional.embedding: lambda *args, **kwargs: functional.embedding(*args, **kwargs).float(),
-        functional.layer_norm: lambda *args: functional.layer_norm(*map(_wide, args)),
+        functional.layer_norm: _widening(functional.layer_norm),
         functional.linear: _linear,
-        torch.addmm: lambda *args: torch.addmm(*map(_wide, args)),
+        torch.addmm: _widening(torch.addmm),
     }
+
+
+def _widening(function: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
+    import torch
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) else value
+
+    def widening(*args: Any, **kwargs: Any) -> "Tensor":
+        return function(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+
+    return widening
 
 
 def _linear(x: "Tensor", weight: "Tensor", bias: "Tensor | None" = None) -> "Tensor":
@@ -81,9 +94,3 @@ def _scaled(embedding: Any) -> Callable[..., "Tensor"]:
     from torch.nn import functional
 
     return lambda ids: functional.embedding(ids, embedding.weight).float() * embedding.scalar_embed_scale
-
-
-def _wide(value: Any) -> Any:
-    import torch
-
-    return value.float() if isinstance(value, torch.Tensor) else value
