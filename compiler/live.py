@@ -1,5 +1,6 @@
 """Live transformers models: loading one, and where its sites are."""
 
+import gc
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    if dtype == WIDENED:
+        gc.collect()  # an earlier one that nobody needs: its modules and what is around their forwards are in cycles
     place = _device(device)
     placement = {"device_map": "auto"} if device == "spread" else {}
     running = {"experts_implementation": "eager"} if dtype == WIDENED else {}
