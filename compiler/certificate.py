@@ -154,7 +154,8 @@ def certify(
 ) -> Certificate:
     """Measures a compiled model against `base` + `program` on token sequences; one model in memory at a time.
 
-    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured.
+    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured. `dtype` as `load_model`
+    takes it; the certificate names the one that was computed in.
     """
     model = load_model(base, dtype=dtype, device=device)
     reference = observe(model, program, texts)
