@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from austeer.compiler.errors import UsageError
-from austeer.compiler.forward import input_device
+from austeer.compiler.forward import computing_dtype, input_device
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import load_model
 from austeer.compiler.progress import track
@@ -154,7 +154,8 @@ def certify(
 ) -> Certificate:
     """Measures a compiled model against `base` + `program` on token sequences; one model in memory at a time.
 
-    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured.
+    `texts` beyond what the logits budget (512 MB) holds are left out; at least one is measured. `dtype` as `load_model`
+    takes it; the certificate names the one that was computed in.
     """
     model = load_model(base, dtype=dtype, device=device)
     reference = observe(model, program, texts)
@@ -167,15 +168,15 @@ def observe(model: "PreTrainedModel", program: "Program", texts: Sequence[Tokens
     if not texts:
         raise UsageError("there is nothing to measure on: none of the texts has a token")
     texts = take_tokens(texts, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
-    comparison, kept, made = Comparison(), list["Tensor"](), list[Tokens]()
-    for number, text in enumerate(track(texts, "reference")):
+    comparison, kept = Comparison(), list["Tensor"]()
+    for text in track(texts, "reference"):
         plain = text_logits(model, text)
         with interpret(model, program):
             kept.append(text_logits(model, text))
-            if number < GREEDY_TEXTS:
-                made.append(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS))
         comparison.add(kept[-1], plain)
-    return Reference(tuple(texts), tuple(kept), tuple(made), comparison, _zeros(model), len(program.edits))
+    with interpret(model, program):
+        made = _continuations(model, texts)
+    return Reference(tuple(texts), tuple(kept), made, comparison, _zeros(model), len(program.edits))
 
 
 def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> Certificate:
@@ -183,11 +184,10 @@ def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> C
     found = Comparison()
     for text, expected in zip(track(reference.texts, "compiled"), reference.logits, strict=True):
         found.add(expected, text_logits(model, text))
-    made = tuple(greedy(model, text[:GREEDY_PROMPT], GREEDY_TOKENS) for text in reference.texts[:GREEDY_TEXTS])
     base, tokens = reference.base, found.tokens
     return Certificate(
         reference=REFERENCE,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(computing_dtype(model)).removeprefix("torch."),
         stored=stored,
         texts=len(reference.texts),
         tokens=tokens,
@@ -196,7 +196,7 @@ def compare(model: "PreTrainedModel", reference: Reference, *, stored: str) -> C
         max_abs_logit=found.max_logit,
         mean_kl=found.kl / tokens,
         top1_agreement=found.agreeing / tokens,
-        greedy_equal=made == reference.greedy,
+        greedy_equal=_continuations(model, reference.texts) == reference.greedy,
         base_max_abs_logit_diff=base.max_diff,
         base_mean_kl=base.kl / tokens,
         base_top1_agreement=base.agreeing / tokens,
@@ -225,16 +225,31 @@ def text_logits(model: "PreTrainedModel", text: Tokens) -> "Tensor":
 
 def greedy(model: "PreTrainedModel", prompt: Tokens, count: int) -> Tokens:
     """The `count` most likely tokens after a prompt, one after the other, with a KV cache."""
+    return _greedy(model, [prompt], count)[0]
+
+
+def _continuations(model: "PreTrainedModel", texts: Sequence[Tokens]) -> tuple[Tokens, ...]:
+    """Of the first texts' beginnings, those of one length together: most of a step's work may be widening weights."""
+    prompts = [text[:GREEDY_PROMPT] for text in texts[:GREEDY_TEXTS]]
+    made = dict[Tokens, Tokens]()
+    for length in {len(prompt) for prompt in prompts}:
+        alike = [prompt for prompt in prompts if len(prompt) == length]
+        made |= zip(alike, _greedy(model, alike, GREEDY_TOKENS), strict=True)
+    return tuple(made[prompt] for prompt in prompts)
+
+
+def _greedy(model: "PreTrainedModel", prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+    """Of prompts of one length."""
     import torch
 
-    ids, cache, made = prompt, None, list[int]()
+    tokens, cache, made = torch.tensor(prompts, device=input_device(model)), None, list["Tensor"]()
     with torch.inference_mode():
         while len(made) < count:
-            tokens = torch.tensor([ids], device=input_device(model))
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            cache, ids = output.past_key_values, (int(output.logits[0, -1].argmax()),)
-            made.extend(ids)
-    return tuple(made)
+            cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1).to(tokens.device)
+            made.append(tokens)
+    rows: list[list[int]] = torch.cat(made, dim=1).tolist()
+    return [tuple(row) for row in rows]
 
 
 def _zeros(model: "PreTrainedModel") -> float:

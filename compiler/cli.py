@@ -61,8 +61,8 @@ RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-        help="What models run in; auto: as stored, but float32 on a CPU and for the certificate, if it fits; restore: "
-        "as stored, but float16 as bfloat16.",
+        help="What models run in; auto: as stored, but float32 on a CPU if it fits, and for the certificate; restore: "
+        "as stored, but float16 as bfloat16, and float32 for the certificate.",
     ),
     click.option("--batch-tokens", type=click.IntRange(1), default=4096, help="Tokens of a forward pass."),
     click.option("--max-length", type=click.IntRange(2), help="Tokens of a text; default: the model's, at most 2048."),

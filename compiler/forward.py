@@ -116,6 +116,14 @@ def input_device(model: "PreTrainedModel") -> "torch.device":
     return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
 
 
+def computing_dtype(model: "PreTrainedModel") -> "torch.dtype":
+    """That of the activations, which is not always that of the weights."""
+    import torch
+
+    embedding: Any = model.get_input_embeddings()
+    return embedding(torch.zeros(1, dtype=torch.int64, device=input_device(model))).dtype
+
+
 def _run(
     model: "PreTrainedModel",
     ids: "Tensor",

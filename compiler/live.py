@@ -1,5 +1,6 @@
 """Live transformers models: loading one, and where its sites are."""
 
+import gc
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from austeer.compiler.errors import CheckpointError, UsageError
 from austeer.compiler.facts import ModelFacts, facts_of
 from austeer.compiler.sites import SiteName
+from austeer.compiler.widened import compute_in_float32
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WIDENED = "widened"  # a dtype to load in, beside those of torch
 
 
 class Port(NamedTuple):
@@ -91,17 +95,21 @@ def load_model(
 ) -> "PreTrainedModel":
     """The model in `folder`, for inference only; no network, and no code from the folder unless it is trusted.
 
-    `dtype`: "auto" (as stored) or a torch name such as "float32". `device`: "auto" (the accelerator if there
-    is one, else the CPU), a torch device, or "spread" (over all accelerators, by accelerate's device_map).
+    `dtype`: "auto" (as stored), a torch name such as "float32", or WIDENED (as stored, but computing in float32).
+    `device`: "auto" (the accelerator if there is one, else the CPU), a torch device, or "spread" (over all
+    accelerators, by accelerate's device_map).
     `may_miss`: endings of the names of weights that may be absent, for transformers makes them zero.
     Raises CheckpointError where transformers refuses the files or a weight is missing or left unused.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if dtype == WIDENED:
+        gc.collect()  # an earlier one that nobody needs: its modules and what is around their forwards are in cycles
     place = _device(device)
     placement = {"device_map": "auto"} if device == "spread" else {}
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    running = {"experts_implementation": "eager"} if dtype == WIDENED else {}
+    torch_dtype = "auto" if dtype in ("auto", WIDENED) else getattr(torch, dtype)
     try:
         with without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -111,6 +119,7 @@ def load_model(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
                 **placement,
+                **running,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
@@ -118,6 +127,8 @@ def load_model(
     _require_complete(folder, report, tuple(may_miss))
     if device != "spread":
         model.to(place)
+    if dtype == WIDENED:
+        compute_in_float32(model)
     return model.eval().requires_grad_(False)
 
 

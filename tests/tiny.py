@@ -373,13 +373,15 @@ def planned_checkpoint(program: Program, layout: Layout, target: str = "llama.cp
     return checkpoint.plan(fold(program, layout.facts, form), layout, form)
 
 
-def certified(base: Path, out: Path, program: Program, texts: Sequence[Sequence[int]]) -> Certificate:
-    """The certificate of a checkpoint in float32 on the CPU."""
+def certified(
+    base: Path, out: Path, program: Program, texts: Sequence[Sequence[int]], dtype: str = "float32"
+) -> Certificate:
+    """The certificate of a checkpoint on the CPU."""
 
     def load_compiled() -> Any:
-        return load_model(out, dtype="float32", device="cpu")
+        return load_model(out, dtype=dtype, device="cpu")
 
-    return certify(base, program, [tuple(text) for text in texts], load_compiled, dtype="float32", device="cpu")
+    return certify(base, program, [tuple(text) for text in texts], load_compiled, dtype=dtype, device="cpu")
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def choose_approximation(
     """
     program, base = first.program, first.base
     assert isinstance(base, Base), "a GGUF has no approximation"
-    dtype, _ = certificate_dtype(base, settings)
+    dtype = certificate_dtype(base, settings)
     model = load_model(base.path, dtype=dtype, device=settings.device)
     choices = approximations(program, base.facts, target_for(first.target, first.form))
     fitted = fit(model, program, [c for c in choices if not c.refusal], sample_texts(base, model, settings.seed + 1))

@@ -100,9 +100,8 @@ def build(
         tokens, cut = measuring_texts(base, texts, settings)
         if inexact:
             compiled, table = choose_approximation(compiled, tokens, settings, Path(out))
-        dtype, kept = certificate_dtype(base, settings)
-        check = _certifier(compiled, tokens, dtype, settings)
-        notes += (*cut, *kept)
+        check = _certifier(compiled, tokens, certificate_dtype(base, settings), settings)
+        notes += cut
     extra = {"approximations": table.plain()} if table else None
     certificate = write_compiled(compiled, Path(out), certify=check, extra=extra)
     return BuildReport(str(out), compiled, certificate, (*compiled.plan.notes, *notes), table)

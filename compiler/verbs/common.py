@@ -11,7 +11,7 @@ from austeer.compiler.certificate import Certificate, certify
 from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.gate_card import gates_record
 from austeer.compiler.gate_check import SideCheck
-from austeer.compiler.live import best_device, fits_in_float32, load_model, load_tokenizer
+from austeer.compiler.live import WIDENED, best_device, fits_in_float32, load_model, load_tokenizer
 from austeer.compiler.manifest import FORMAT, MANIFEST, PROGRAM, render, tool_versions
 from austeer.compiler.neutral import sample_neutral
 from austeer.compiler.pairs import read_texts
@@ -123,8 +123,8 @@ def measuring_texts(
 ) -> tuple[Sequence[Tokens], tuple[str, ...]]:
     """The texts of a file of texts or pairs, or, without one, texts sampled from the base; and notes."""
     if texts is None:
-        dtype, _ = certificate_dtype(base, settings)
-        return sample_texts(base, load_model(base.path, dtype=dtype, device=settings.device), settings.seed), ()
+        model = load_model(base.path, dtype=working_dtype(base, settings), device=settings.device)
+        return sample_texts(base, model, settings.seed), ()
     return encode_texts(load_tokenizer(base.path), read_texts(texts), settings.length_for(base.checkpoint.config))
 
 
@@ -142,13 +142,11 @@ def chat_notice(tokenizer: "PreTrainedTokenizerBase", settings: Settings) -> tup
     return ()
 
 
-def certificate_dtype(base: Base, settings: Settings) -> tuple[str, list[str]]:
-    """float32 if that fits in memory, else the stored dtype with a notice; what the user names wins."""
+def certificate_dtype(base: Base, settings: Settings) -> str:
+    """float32, of the weights too if that fits in memory; but what the user names wins."""
     if settings.dtype != "auto":
-        return settings.dtype, []
-    if _fits_in_float32(base, settings):
-        return "float32", []
-    return "auto", ["the certificate is measured in the stored dtype: the model does not fit in memory in float32"]
+        return settings.dtype
+    return "float32" if _fits_in_float32(base, settings) else WIDENED
 
 
 def working_dtype(base: Base, settings: Settings) -> str:

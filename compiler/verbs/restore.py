@@ -1,6 +1,5 @@
 """restore: pruned model + the dense one it was + samples → the pruned model with what its heads lost, in biases."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from austeer.compiler.certificate import Certificate, stored_dtype
+from austeer.compiler.certificate import Certificate
 from austeer.compiler.edits import Shift
 from austeer.compiler.errors import CheckFailed, Refused, UsageError
 from austeer.compiler.head_map import head_counts
+from austeer.compiler.live import WIDENED
 from austeer.compiler.manifest import sha256_of
 from austeer.compiler.pairs import read_pairs
 from austeer.compiler.program import Program
@@ -33,7 +33,6 @@ from austeer.targets.llama_cpp import find_converter
 
 COMPONENTS = 10
 CERTIFIED_TOKENS = 2048
-SPARE_BYTES = 2**29  # beyond the size of the model, for a certificate in float32
 STATE = ".training.safetensors"
 
 
@@ -108,7 +107,6 @@ def restore(
 def _write(
     found: Restored, models: Models, compiled: Compiled, out: Path, origin: dict[str, Any], settings: Settings
 ) -> Restoration:
-    dtype, note = _certificate_dtype(models.pruned, settings)
     texts = take_tokens(found.texts, CERTIFIED_TOKENS)
     pruning, added = models.pruning, parameters_added(compiled.plan, models.pruned.layout)
     zeros: list[Zeros] = []
@@ -118,12 +116,12 @@ def _write(
         return Measured({"sparsity": zeros_record(zeros)}, recovery=recovery_table(found))
 
     def certify(folder: Path) -> Certificate:
-        return compiled.certify(folder, texts, dtype, settings.device)
+        return compiled.certify(folder, texts, WIDENED, settings.device)
 
     extra = {"restore": {**record(found, pruning, added), **origin}}
     certificate = write_compiled(compiled, out, certify=certify, measure=measure, extra=extra)
     assert certificate is not None
-    notes = (*found.notes, *note, *compiled.plan.notes)
+    notes = (*found.notes, *compiled.plan.notes)
     return Restoration(str(out), found, pruning, Baked(added, tuple(zeros), certificate), notes)
 
 
@@ -174,18 +172,6 @@ def _drawing(picture: str | Path | None) -> Callable[[Restored], None]:
             draw_heads(found.importance, chosen, file)
 
     return draw
-
-
-def _certificate_dtype(base: Base, settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """float32 if the user says so or it takes little more memory than the model as stored, else as stored.
-
-    Run in bfloat16, models that differ by rounding alone can be 1e-3 nats apart, which is all that is allowed.
-    """
-    tensors, stored = base.checkpoint.tensors.values(), stored_dtype(base.path)
-    more = sum(4 * math.prod(tensor.shape) - tensor.nbytes for tensor in tensors)
-    if "float32" in (stored, settings.dtype) or more <= SPARE_BYTES:
-        return "float32", ()
-    return "auto", (f"the certificate is measured in {stored}, as stored; --dtype float32 measures it more finely",)
 
 
 def _origin(models: Models, data: Path, task: Task) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def steer(
     if compiled.approximation is not None:
         compiled, table = choose_approximation(compiled, finding.texts, settings, out)
         extra["approximations"] = table.plain()
-    dtype, notes = certificate_dtype(base, settings)
+    dtype = certificate_dtype(base, settings)
 
     def check(folder: Path) -> Certificate:
         return compiled.certify(folder, finding.texts, dtype, settings.device)
@@ -156,7 +156,7 @@ def steer(
 
     certificate = write_compiled(compiled, out, certify=check, measure=measure, extra=extra)
     drawing(finding)
-    report = _report(out, method, finding, certificate, (*notes, *compiled.plan.notes))
+    report = _report(out, method, finding, certificate, compiled.plan.notes)
     return replace(report, approximations=table, sides=sides)
 
 

@@ -74,12 +74,12 @@ def verify(
     problems += [f"{name}: {verdict}" for name, verdict in files.items() if verdict != "ok"]
     if isinstance(opened, GgufBase):
         return Verification(tuple(problems), files, None, opened.notes)
-    dtype, notes = certificate_dtype(opened, settings)
     tokens, cut = measuring_texts(opened, texts, settings)
+    dtype = certificate_dtype(opened, settings)
     certificate = compiled.certify(out, take_tokens(tokens, 4096), dtype, settings.device)
     checks, wrong = check_engines(asked, opened.path, out, program, tokens, form=compiled.form)
     problems += [*certificate.failures(), *wrong]
-    return Verification(tuple(problems), files, certificate, (*notes, *cut), checks)
+    return Verification(tuple(problems), files, certificate, cut, checks)
 
 
 def _find_base(manifest: dict[str, Any], out: Path) -> str:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from austeer.compiler import CheckFailed, Program, Scale, UsageError, certificate
 from austeer.compiler.certificate import Certificate, Comparison, stored_dtype
+from austeer.compiler.interpreter import interpret
+from austeer.compiler.live import WIDENED, load_model
 from austeer.compiler.verbs import bases, common
 from austeer.compiler.verbs.build import build
 from tests.tiny import Tiny, certified, on_disk, program, scratch, tokens
@@ -176,6 +178,28 @@ def test_a_checkpoint_that_computes_nan_fails() -> None:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     found = measured(out, made)
     assert any("max |Δlogit|" in text for text in found.failures())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_are_measured_in_float32_without_being_loaded_in_it(dtype: str) -> None:
+    tiny = replace(TINY, dtype=dtype)
+    base, made = on_disk(tiny), program(tiny)
+    out = built(made, base)
+    found, loaded = (certified(base, out, made, TEXTS, running) for running in (WIDENED, "float32"))
+    assert found == loaded
+    assert (found.dtype, found.stored, found.passed) == ("float32", dtype, True)
+    as_stored = certified(base, out, made, TEXTS, "auto")
+    assert as_stored.dtype == dtype
+    assert as_stored.mean_kl > 2 * found.mean_kl  # the rest is noise of the measurement
+
+
+def test_continuations_are_those_of_each_text_alone() -> None:
+    model = load_model(on_disk(TINY), dtype="float32", device="cpu")
+    texts = [TEXTS[0], TEXTS[1][:5], TEXTS[2], TEXTS[1][:5], TEXTS[0][:1]]
+    found = certificate.observe(model, made := program(TINY), texts).greedy
+    with interpret(model, made):
+        assert found == tuple(certificate.greedy(model, text, 3) for text in texts)
+    assert len(set(found)) > 2
 
 
 def test_zeros_are_counted() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from austeer.compiler.live import WIDENED
 from austeer.compiler.verbs import common
 from austeer.compiler.verbs.bases import open_base
 from austeer.compiler.verbs.common import Settings, certificate_dtype, working_dtype
@@ -19,14 +20,13 @@ def test_on_a_cpu_16_bits_are_worked_on_in_float32(tmp_path: Path):
     assert working_dtype(base, Settings(device="cpu", dtype="float16")) == "float16"
 
 
-def test_what_does_not_fit_in_float32_stays_as_stored_with_a_notice(monkeypatch: pytest.MonkeyPatch):
+def test_what_does_not_fit_in_float32_is_certified_as_stored_and_computed_in_it(monkeypatch: pytest.MonkeyPatch):
     base = open_base(str(MODEL))
-    assert certificate_dtype(base, Settings(device="cpu")) == ("float32", [])
+    assert certificate_dtype(base, Settings(device="cpu")) == "float32"
     monkeypatch.setattr(common, "fits_in_float32", lambda values, device: values < 10)  # noqa: ARG005
     assert working_dtype(base, Settings(device="cpu")) == "auto"
-    dtype, notes = certificate_dtype(base, Settings(device="cpu"))
-    assert dtype == "auto"
-    assert "does not fit" in notes[0]
+    assert certificate_dtype(base, Settings(device="cpu")) == WIDENED
+    assert certificate_dtype(base, Settings(device="cpu", dtype="bfloat16")) == "bfloat16"
 
 
 def test_the_model_limits_the_length_of_texts():
