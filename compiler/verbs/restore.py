@@ -137,7 +137,8 @@ def _require_help(found: Restored, task: Task, passing: Sequence[Path]) -> tuple
     if task.schedule.epochs == 0:
         return (f"the lost components alone do not help: {worse}; train them (leave out --epochs 0)",)
     _remove(passing)
-    raise CheckFailed(f"restoring does not help: {worse}. Nothing was written. Give more data, --epochs or --lr")
+    advice = "Nothing was written. Give more data, more --epochs, or another --lr"
+    raise CheckFailed(f"restoring does not help: {worse}. {advice}")
 
 
 def _remove(files: Sequence[Path]) -> None:
