@@ -1,6 +1,6 @@
 """What restoring is compared with: biases that bring means back, and a LoRA of as many parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from austeer.compiler.edits import Shift
 from austeer.compiler.facts import ModelFacts, read_facts
 from austeer.compiler.forward import run_texts
-from austeer.compiler.hooked import first_of
 from austeer.compiler.interpreter import interpret
 from austeer.compiler.live import live_facts, load_model, port, weight_of
 from austeer.compiler.program import Program
 from austeer.compiler.response_loss import summed_loss
 from austeer.compiler.responses import Response
 from austeer.compiler.sites import SiteName
+from austeer.compiler.watch import See, watching
 from austeer.passes.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -98,19 +98,16 @@ def _means(model: "PreTrainedModel", places: Sequence[Place], responses: Sequenc
     """The mean over all tokens of what passes each place, float32 [width] each."""
     sums: dict[Place, Any] = dict.fromkeys(places, 0.0)
 
-    def watch(place: Place, side: str) -> Callable[..., None]:
-        def see(_: Any, inputs: Any, output: Any) -> None:
-            passing = first_of(inputs if side == "input" else output)
+    def add_to(place: Place) -> See:
+        def see(passing: "Tensor") -> None:
             sums[place] = sums[place] + passing.flatten(0, -2).double().sum(0)
 
         return see
 
-    ports = {place: port(model, live_facts(model), *place) for place in places}
-    hooks = [at.module.register_forward_hook(watch(place, at.side)) for place, at in ports.items()]
-    for response in responses:
-        run_texts(model, [response.text])
-    for hook in hooks:
-        hook.remove()
+    facts = live_facts(model)
+    with watching((port(model, facts, *place), add_to(place)) for place in places):
+        for response in responses:
+            run_texts(model, [response.text])
     tokens = sum(len(response.text) for response in responses)
     return {place: (total / tokens).float() for place, total in sums.items()}
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from austeer.compiler.errors import CheckpointError, Refused
+from austeer.compiler.errors import CheckpointError, InputError, Refused
 from austeer.compiler.tensors import STORAGE, Header, TensorInfo, read_header
 
 CONFIG = "config.json"
@@ -127,14 +127,19 @@ def refuse_ambiguous(where: str, names: Iterable[str], places: dict[str, str]) -
         )
 
 
+def parse_json(path: Path, refusal: type[InputError], advice: str) -> Any:
+    """The JSON value in a file; `refusal`, which names the file and ends with `advice`, if it holds none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except (ValueError, RecursionError) as error:
+        raise refusal(f"{path}: this is not JSON in UTF-8 ({error}); {advice}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError, which names the file, if that is not what it holds."""
-    try:
-        fields: Any = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it again") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: this is not JSON in UTF-8 ({error}); download it again") from None
+    fields = parse_json(path, CheckpointError, "download it again")
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: this is JSON, but not an object; download it again")
     return cast("dict[str, Any]", fields)

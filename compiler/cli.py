@@ -57,6 +57,12 @@ APPROXIMATE = click.option(
     help="Compile what no weights do exactly too, as near as they come: Scale at residual, and gates whose neurons are "
     "fitted or have no biases. It is measured, and said everywhere.",
 )  # fmt: skip
+FINDING = options(
+    click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template."),
+    click.option("--system", metavar="TEXT", help="System message, with --chat."),
+    click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice."),
+    click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint."),
+)
 RUN = options(
     click.option("--device", default="auto", help="auto, cpu, cuda[:N], mps, or spread (over all accelerators)."),
     click.option(
@@ -154,10 +160,7 @@ def reporting(command: Callable[..., Any]) -> Callable[..., None]:
 @click.option("--study", type=click.Path(path_type=Path), help="Keep the search in this file, and go on with it.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw effect against drift: a .png or .svg file.")
 @click.option("--neutral", type=click.Path(path_type=Path), help="Neutral texts; default: sampled from the model.")
-@click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
-@click.option("--system", metavar="TEXT", help="System message, with --chat.")
-@click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
-@click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@FINDING
 @click.option("--adaptive", is_flag=True, help="Let every edit act only where a gate, fitted to texts, is open.")
 @click.option(
     "--when",
@@ -222,10 +225,7 @@ def steer(**arguments: Any) -> Any:
     help="Keep the training in this file, and go on with it; default: beside OUT, until that is written.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw heads and layers: a .png or .svg file.")
-@click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
-@click.option("--system", metavar="TEXT", help="System message, with --chat.")
-@click.option("--raw", is_flag=True, help="Use an instruct model without its template, and without a notice.")
-@click.option("--program-only", is_flag=True, help="Write the program, not a checkpoint.")
+@FINDING
 @TARGET
 @FORM
 @REVISION

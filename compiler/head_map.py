@@ -1,6 +1,5 @@
 """Which heads of the dense model those of a pruned model are."""
 
-import json
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from austeer.compiler.checkpoint import parse_json
 from austeer.compiler.errors import CheckpointError, InputError, Refused
 from austeer.compiler.facts import ModelFacts
 from austeer.compiler.layout import Layout
@@ -49,12 +49,7 @@ def map_heads(dense: Layout, pruned: Layout, file: Path | None = None) -> HeadMa
 
 def read_head_map(file: Path, dense: ModelFacts, pruned: ModelFacts) -> HeadMap:
     """The map in a JSON file. Raises InputError, which says in which layer, unless it fits both models."""
-    try:
-        lists: Any = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {GIVE_MAP}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: this is not JSON in UTF-8 ({error}); {GIVE_MAP}") from None
+    lists = parse_json(file, InputError, GIVE_MAP)
     layers = dense.geometry.layers
     if isinstance(lists, list) and lists and not any(isinstance(item, list) for item in cast("list[Any]", lists)):
         lists = [lists] * layers

@@ -5,9 +5,11 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from austeer.compiler.errors import PairsError
+
+Group = TypeVar("Group", str, tuple[str, ...])
 
 PAIR_KEYS = ("prompt", "positive", "negative")
 
@@ -79,18 +81,22 @@ def split_by_prompt(
     Pairs with an empty prompt share nothing and are split one by one. The same on every platform, whatever
     the order of the pairs. Raises PairsError where there is only one prompt.
     """
-    groups = sorted({_group(pair) for pair in pairs})
+    groups = {_group(pair) for pair in pairs}
     if len(groups) < 2:
         raise PairsError(
             "all pairs have the same prompt, so none can be held out: give more prompts, or both the number of "
             "units and alpha, which leaves nothing to choose on held-out pairs"
         )
-    generator = random.Random(seed)  # noqa: S311 - a seeded choice, no secret
-    # random() is the one method whose sequence Python promises to keep.
-    drawn = sorted(groups, key=lambda _: generator.random())
-    held = set(drawn[: min(max(1, round(fraction * len(groups))), len(groups) - 1)])
+    held = set(shuffled(groups, seed)[: min(max(1, round(fraction * len(groups))), len(groups) - 1)])
     sides = [[pair for pair in pairs if (_group(pair) in held) is side] for side in (False, True)]
     return tuple(sides[0]), tuple(sides[1])
+
+
+def shuffled(groups: Iterable[Group], seed: int) -> list[Group]:
+    """The groups in a seeded order: the same on every platform, whatever order they came in."""
+    generator = random.Random(seed)  # noqa: S311 - a seeded choice, no secret
+    # random() is the one method whose sequence Python promises to keep.
+    return sorted(sorted(groups), key=lambda _: generator.random())
 
 
 def _group(pair: Pair) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """Prompts with the responses that are wanted: read from a file, split, and turned into tokens."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from austeer.compiler.errors import PairsError
-from austeer.compiler.pairs import lines_of, names_of, row_of, string_of
-from austeer.compiler.tokens import Chat, Tokens, encode_whole, templated
+from austeer.compiler.pairs import lines_of, names_of, row_of, shuffled, string_of
+from austeer.compiler.tokens import Chat, Tokens, encode_whole, prompts_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +78,13 @@ def split_samples(samples: Sequence[Sample], seed: int) -> tuple[tuple[Sample, .
     Samples with the same prompt stay together, plain texts with their like. The same on every platform, whatever
     the order of the samples. Raises PairsError for fewer than three prompts.
     """
-    groups = sorted({_group(sample) for sample in samples})
+    groups = {_group(sample) for sample in samples}
     if len(groups) < 3:
         raise PairsError(
             f"{samples[0].where.rpartition(':')[0]}: {len(groups)} different prompts are too few: some are to fit to, "
             "some to stop by and some to report on; give at least three, better hundreds"
         )
-    generator = random.Random(seed)  # noqa: S311 - a seeded choice, no secret
-    drawn = sorted(groups, key=lambda _: generator.random())
+    drawn = shuffled(groups, seed)
     count = max(1, round(HELD_OUT * len(groups)))
     part = {group: 2 if place < count else 1 if place < 2 * count else 0 for place, group in enumerate(drawn)}
     return tuple(tuple(sample for sample in samples if part[_group(sample)] == side) for side in range(3))
@@ -100,7 +98,7 @@ def encode_responses(
     A response begins where its text parts from its prompt's own tokens. Samples of whose response nothing can be
     predicted within the limit are left out.
     """
-    prompts = [templated(tokenizer, sample.prompt, chat) if chat else sample.prompt for sample in samples]
+    prompts = prompts_for(tokenizer, [sample.prompt for sample in samples], chat)
     texts = [prompt + sample.response for prompt, sample in zip(prompts, samples, strict=True)]
     alone, whole = (encode_whole(tokenizer, side, special=chat is None) for side in (prompts, texts))
     made: list[Response] = []

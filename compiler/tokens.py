@@ -61,7 +61,7 @@ def encode_pairs(
     `max_length` tokens loses tokens from the left (a special first token stays), as many on both sides.
     Raises UsageError where `chat` is asked of a tokenizer without a template.
     """
-    prompts = [templated(tokenizer, pair.prompt, chat) if chat else pair.prompt for pair in pairs]
+    prompts = prompts_for(tokenizer, [pair.prompt for pair in pairs], chat)
     texts = [
         prompt + side for prompt, pair in zip(prompts, pairs, strict=True) for side in (pair.positive, pair.negative)
     ]
@@ -95,9 +95,8 @@ def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_length: int, chat: Chat | None = None
 ) -> tuple[Tokens, ...]:
     """Token ids of prompts alone; a long one loses tokens from the left, as in `encode_pairs`."""
-    texts = [templated(tokenizer, prompt, chat) for prompt in prompts] if chat else prompts
     special = frozenset(tokenizer.all_special_ids)
-    ids = encode_whole(tokenizer, texts, special=chat is None)
+    ids = encode_whole(tokenizer, prompts_for(tokenizer, prompts, chat), special=chat is None)
     return tuple(_cut(text, len(text) - max_length, special) for text in ids)
 
 
@@ -139,6 +138,11 @@ def _shape(item: PairTokens | Tokens) -> tuple[int, int]:
     return item.shape if isinstance(item, PairTokens) else (len(item), 0)
 
 
+def prompts_for(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: Chat | None) -> Sequence[str]:
+    """The prompts as they are, or each as a user's message in the chat template; UsageError where that cannot be."""
+    return [_templated(tokenizer, prompt, chat) for prompt in prompts] if chat else prompts
+
+
 def encode_whole(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool) -> list[Tokens]:
     """The token ids of each text, of any length; `special` adds what the tokenizer puts around a text."""
     if not texts:
@@ -166,8 +170,7 @@ def _split(positive: Tokens, negative: Tokens) -> PairTokens | None:
     return PairTokens(positive[:common], positive[common:], negative[common:])
 
 
-def templated(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: Chat) -> str:
-    """The prompt as a user's message in the chat template; UsageError for a template that is none or refuses it."""
+def _templated(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: Chat) -> str:
     if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template: leave out --chat, or use an instruct model")
     system = [{"role": "system", "content": chat.system}] if chat.system is not None else []

@@ -1,7 +1,8 @@
 """What RestoreLCC (arXiv 2510.21834) trains: a constant for each of some heads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from austeer.compiler.edits import Floats, Shift
 from austeer.compiler.facts import Geometry
+from austeer.compiler.hooked import Placed
 from austeer.compiler.program import Program
 
 if TYPE_CHECKING:
@@ -42,13 +44,18 @@ class HeadShifts:
 
     def arrays(self) -> dict[str, "Floats | NDArray[np.int64]"]:
         """The fields by name."""
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _constants(self) -> tuple[Placed, Placed]:
+        """Directions and sizes, moved to a device once and not in every step."""
+        import torch
+
+        return Placed(torch.from_numpy(self.directions)), Placed(torch.from_numpy(self.sizes))
 
     def compensation(self, trained: "Tensor") -> "Tensor":
         """c of each head, [n, dim], on the device of what is trained; differentiable."""
-        import torch
-
-        directions, sizes = (torch.from_numpy(array).to(trained.device) for array in (self.directions, self.sizes))
+        directions, sizes = (constant.on(trained) for constant in self._constants)
         m, b = trained.split([directions.shape[2], directions.shape[1]], dim=1)
         return sizes[:, None] * ((directions @ m[:, :, None])[:, :, 0] + b)
 
